@@ -1,0 +1,2 @@
+from lightning_faast.cli import main
+main()
