@@ -1,0 +1,76 @@
+"""Statistics on disk: safetensors, written atomically, G as a packed triangle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lightning_faast.associative.statistics import SufficientStatistics
+
+_FORMAT = "lightning_faast.statistics.v1"
+
+
+def save_statistics(statistics: SufficientStatistics, path: str | os.PathLike[str]) -> Path:
+    """Write statistics to a safetensors file.
+
+    The file appears whole or not at all: it is written beside its destination, flushed to disk and renamed, so that a
+    full disk or a killed process leaves what was there before.
+
+    Args:
+        statistics: With at least one row.
+        path: The file; its folder is made where missing.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_faast.associative import SufficientStatistics, load_statistics, save_statistics
+        >>> statistics = SufficientStatistics(2).update(torch.randn(10, 4), torch.arange(10) % 2)
+        >>> path = save_statistics(statistics, tempfile.mkdtemp() + "/digits.safetensors")
+        >>> load_statistics(path).rows
+        10
+    """
+    destination = Path(path)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: t.cpu().contiguous() for name, t in statistics.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
+    os.close(handle)
+    try:
+        save_file(state, temporary, metadata={"format": _FORMAT})
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, destination)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return destination
+
+
+def load_statistics(
+    path: str | os.PathLike[str], num_classes: int | None = None, device: str = "cpu"
+) -> SufficientStatistics:
+    """Read statistics written by :func:`save_statistics`.
+
+    Args:
+        path: The file.
+        num_classes: Where given, the file must agree.
+        device: Where the sums are put.
+
+    Raises:
+        FileNotFoundError: Where there is no such file.
+        ValueError: Where the file is damaged or something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No statistics file at {path}.")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}. Write it again.") from error
+    statistics = SufficientStatistics(num_classes)
+    statistics.load_state_dict(state)
+    return statistics.to(device) if device != "cpu" else statistics

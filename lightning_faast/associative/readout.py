@@ -1,0 +1,303 @@
+"""How a solution becomes one linear layer: regression, or a penalized discriminant for classes.
+
+Every read-out is built from one :class:`Spectrum` and works in its basis, so that N, not d, decides the cost where N is
+small. Each yields a :class:`LinearMap` and, for a sample of the training rows, the exact scores that the solved map
+would give each row had that row not been seen (:class:`LeaveOneOutScores`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_faast.associative.regularization import Choice
+from lightning_faast.associative.spectrum import Spectrum, as_dense
+
+#: Logit of a class without examples under ``empty_classes="mask"``: its probability is exactly 0 in every dtype, and
+#: unlike -inf it survives half precision, histograms and fine-tuning.
+MASKED_LOGIT = -1e4
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """scores = x W^T + b; logits = scores / temperature + log_prior. All float64.
+
+    Attributes:
+        weight: W [c, d].
+        bias: b [c].
+        log_prior: [c]; zeros for regression, whose scores hold the class frequencies already.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    log_prior: Tensor
+
+
+@dataclass(frozen=True)
+class LeaveOneOutScores:
+    """What the solved map would say of training rows it had not seen. All float64.
+
+    Attributes:
+        scores: [R, c], before temperature and prior.
+        log_prior: [R, c].
+        values: [R] labels or [R, c] values.
+        weights: [R, 1] or [R, c]; 0 where leaving the row out is undefined (the last row of its class).
+    """
+
+    scores: Tensor
+    log_prior: Tensor
+    values: Tensor
+    weights: Tensor
+
+
+class Readout(Protocol):
+    """What every read-out offers."""
+
+    def linear(self) -> LinearMap:
+        """The solved map."""
+        ...
+
+    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+        """Scores of rows [R, d] that are among the training rows, each as if it had not been seen."""
+        ...
+
+
+class Regression:
+    r"""y = W x + b, the paper's read-out: W^T = U diag(f) U^T C, the bias by exact centring.
+
+    Leave-one-out scores follow from the residuals: :math:`y_i - r_i/(1 - h_i)`, exact for a fixed ridge; for a
+    truncated solution, exact with the retained subspace held fixed.
+    """
+
+    def __init__(self, spectrum: Spectrum, choice: Choice) -> None:
+        self.spectrum = spectrum
+        self.filter = choice.filter(spectrum)
+        self._coefficients = self.filter[:, None] * spectrum.projected  # U^T W^T, [r, c]
+
+    def linear(self) -> LinearMap:
+        """The solved map."""
+        s = self.spectrum
+        weight = (s.basis @ self._coefficients).T.contiguous()
+        return LinearMap(weight, s.value_mean - weight @ s.key_mean, torch.zeros_like(s.value_mean))
+
+    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+        """As in :class:`Readout`."""
+        s = self.spectrum
+        x = s.coordinates(keys)
+        dense = as_dense(values.to(x.device), s.value_mean.shape[0])
+        fitted = x @ self._coefficients + s.value_mean
+        leverage = (x.square() * self.filter).sum(1, keepdim=True) + (1 / s.count if s.centered else 0.0)
+        weights = weights.to(x)[:, None]
+        remaining = 1 - weights * leverage
+        defined = remaining > 1e-9  # else the fit passes through the row whatever its value
+        scores = (fitted - weights * leverage * dense) / torch.where(defined, remaining, 1.0)
+        return LeaveOneOutScores(scores, torch.zeros_like(scores), values.to(x.device), weights * defined)
+
+
+class Discriminant:
+    r"""Penalized discriminant (Hastie, Buja, Tibshirani 1995) with class means shrunk by empirical Bayes.
+
+    With class means m_c, their average g, within-class scatter S_w and the ridge mu,
+
+    .. math::
+        \Sigma = (S_w + \mu I)/N,\quad m_c^* = g + \tfrac{n_c}{n_c + k}(m_c - g),\quad
+        w_c = \Sigma^{-1} (m_c^* - g),\quad b_c = -\tfrac12 (m_c^* - g)^\top w_c - g^\top w_c .
+
+    k is the ratio of within to between variance by one-way analysis of variance in the metric of Sigma, found from the
+    same sums (James and Stein's shrinkage); it needs at least three classes and is 0 for fewer.
+
+    Args:
+        spectrum: Centred.
+        choice: A ridge.
+        counts: Rows of each class [c].
+        prior: Class prior [c], or None for the training frequencies.
+        shrink_means: Whether k is estimated, or 0.
+    """
+
+    def __init__(
+        self, spectrum: Spectrum, choice: Choice, counts: Tensor, prior: Tensor | None, shrink_means: bool
+    ) -> None:
+        self.spectrum = spectrum
+        self.counts = counts
+        self.prior = prior
+        n, mu = spectrum.count, choice.value
+        self._present = counts > 0
+        safe = torch.where(self._present, counts, 1.0)
+        self._means = spectrum.projected / safe  # [r, c], relative to the grand mean g
+        within = torch.diag(spectrum.eigenvalues + mu) - (self._means * counts) @ self._means.T
+        self._precision = _inverse(within, mu)  # A = (S_w + mu I)^-1, [r, r]
+        self._solved = self._precision @ self._means  # A m_c
+        self._inner = self._means.T @ self._solved  # m_c^T A m_j, [c, c]
+        self.shrinkage = self._estimate_shrinkage(n, mu) if shrink_means else 0.0
+
+    def _estimate_shrinkage(self, n: float, mu: float) -> float:
+        """K = within variance / between variance, capped at N (no difference between the means is detectable)."""
+        classes = int(self._present.sum())
+        if classes < 3 or n <= classes or not self.spectrum.rank:
+            return 0.0
+        scatter_trace = self.spectrum.rank - mu * float(self._precision.trace())  # tr(A S_w)
+        within = n * max(scatter_trace, 0.0) / (n - classes)
+        spread = n * float((self.counts * self._inner.diagonal()).sum())
+        between = (spread - (classes - 1) * within) / (n - float(self.counts.square().sum()) / n)
+        return n if between <= 0 else min(within / between, n)
+
+    def linear(self) -> LinearMap:
+        """The solved map."""
+        s = self.spectrum
+        shrink = self.counts / (self.counts + self.shrinkage).clamp(min=torch.finfo(torch.float64).tiny)
+        weight = s.count * (s.basis @ (self._solved * shrink)).T.contiguous()
+        bias = -0.5 * s.count * shrink.square() * self._inner.diagonal() - weight @ s.key_mean
+        log_prior = _log_prior(self.counts, self.prior)
+        return LinearMap(weight, torch.where(self._present, bias, 0.0), log_prior)
+
+    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+        r"""As in :class:`Readout`: with u = x - m_c, f = w n_c/(n_c - w),
+
+        :math:`(S_w + \mu I - f u u^\top)^{-1} = A + f (Au)(Au)^\top/(1 - f u^\top A u)`,
+        :math:`m_c' = (n_c m_c - w x)/(n_c - w)`, :math:`g' = (N g - w x)/(N - w)`; mu and k are those of the fit.
+        """  # noqa: D205 - one sentence with its formula
+        s = self.spectrum
+        x = s.coordinates(keys)  # relative to g
+        labels = _as_labels(values.to(x.device))
+        w = weights.to(x)
+        rows = torch.arange(len(x), device=x.device)
+        own = self.counts[labels]
+        left = own - w
+        defined = left > 1e-9 * own
+        left = torch.where(defined, left, 1.0)
+        n_left = s.count - w
+
+        x_a_m = x @ self._solved  # x^T A m_j, [R, c]
+        x_a_x = ((x @ self._precision) * x).sum(1)  # [R]
+        own_inner = self._inner[labels]  # m_c^T A m_j, [R, c]
+        x_a_own, own_a_own = x_a_m[rows, labels], own_inner[rows, labels]
+        u_a_m = x_a_m - own_inner
+        u_a_x = x_a_x - x_a_own
+        f = w * own / left
+        gain = f / (1 - f * (x_a_x - 2 * x_a_own + own_a_own))
+
+        # The same products under A' = (S_w' + mu I)^-1.
+        xm = x_a_m + (gain * u_a_x)[:, None] * u_a_m
+        xx = x_a_x + gain * u_a_x.square()
+        mm = self._inner.diagonal() + gain[:, None] * u_a_m.square()
+        # The row's own class has another mean: m_c' = (1 + t) m_c - t x.
+        t = w / left
+        xm_own, mm_own = xm[rows, labels], mm[rows, labels]
+        xm[rows, labels] = (1 + t) * xm_own - t * xx
+        mm[rows, labels] = (1 + t).square() * mm_own - 2 * t * (1 + t) * xm_own + t.square() * xx
+        # All is read relative to g' = -shift x.
+        shift = (w / n_left)[:, None]
+        counts = self.counts.repeat(len(x), 1)
+        counts[rows, labels] = left
+        shrink = counts / (counts + self.shrinkage).clamp(min=torch.finfo(torch.float64).tiny)
+        x_delta = (1 + shift) * (xm + shift * xx[:, None])
+        delta_delta = mm + 2 * shift * xm + shift.square() * xx[:, None]
+        scores = n_left[:, None] * (shrink * x_delta - 0.5 * shrink.square() * delta_delta)
+        scores = torch.where(self._present, scores, 0.0)
+        return LeaveOneOutScores(scores, _log_prior(counts, self.prior), labels, (w * defined)[:, None])
+
+
+class PairedDiscriminants:
+    r"""One two-class discriminant for each column of binary values; a logit above 0 means "more likely 1 than 0".
+
+    For a column with n_1 ones of mean m_1 and n_0 zeros of mean m_0, delta = m_1 - m_0, the within-class scatter is the
+    total one less :math:`(n_1 n_0/N) \delta\delta^\top`, so that all columns share one decomposition:
+
+    .. math::
+        w = N \frac{A \delta}{1 - (n_1 n_0/N) \delta^\top A \delta},\quad A = (S_t + \mu I)^{-1},\quad
+        b = -\tfrac12 (m_1 + m_0)^\top w,\quad \text{log-prior} = \log(\pi_1/\pi_0) .
+
+    Args:
+        spectrum: Centred.
+        choice: A ridge.
+        counts: Ones in each column [c].
+        prior: Probability of a one in each column [c], or None for the training frequencies.
+    """
+
+    def __init__(self, spectrum: Spectrum, choice: Choice, counts: Tensor, prior: Tensor | None) -> None:
+        self.spectrum = spectrum
+        self.counts = counts
+        self.prior = prior
+        self._present = (counts > 0) & (counts < spectrum.count)
+        self._inverse = 1 / (spectrum.eigenvalues + choice.value)  # A in the basis
+        self._ones_mean = spectrum.projected / torch.where(counts > 0, counts, 1.0)  # relative to the grand mean
+        self._inner = (self._ones_mean.square() * self._inverse[:, None]).sum(0)  # m_1^T A m_1, [c]
+
+    def linear(self) -> LinearMap:
+        """The solved map."""
+        s = self.spectrum
+        ones, zeros = self.counts, s.count - self.counts
+        safe_zeros = torch.where(zeros > 0, zeros, 1.0)
+        # n_1 m_1 + n_0 m_0 = 0 around the grand mean: delta = m_1 N / n_0, m_1 + m_0 = m_1 (1 - n_1 / n_0).
+        ratio = s.count / safe_zeros
+        denominator = 1 - (ones * safe_zeros / s.count) * ratio.square() * self._inner
+        scale = torch.where(self._present, s.count * ratio / denominator, 0.0)
+        weight = (s.basis @ (self._inverse[:, None] * self._ones_mean * scale)).T.contiguous()
+        bias = -0.5 * (1 - ones / safe_zeros) * scale * self._inner - weight @ s.key_mean
+        return LinearMap(weight, bias, _log_odds(ones, zeros, self.prior))
+
+    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+        """As in :class:`Readout`; every column as if the row had not been seen."""
+        s = self.spectrum
+        x = s.coordinates(keys)  # relative to the grand mean
+        ones = values.to(x) > 0.5
+        w = weights.to(x)[:, None]
+        n, n_left = s.count, s.count - w
+        # Without the row the total scatter is S_t - (w N / (N - w)) x x^T.
+        x_a_x = (x.square() * self._inverse).sum(1, keepdim=True)
+        f = w * n / n_left
+        gain = f / (1 - f * x_a_x)
+        x_a_m = (x * self._inverse) @ self._ones_mean
+        xx = x_a_x + gain * x_a_x.square()
+        xm = x_a_m + gain * x_a_x * x_a_m
+        mm = self._inner + gain * x_a_m.square()
+
+        n1, n0 = self.counts - w * ones, (n - self.counts) - w * ~ones
+        defined = (n1 > 1e-9) & (n0 > 1e-9)
+        n1, n0 = torch.where(defined, n1, 1.0), torch.where(defined, n0, 1.0)
+        # The means without the row, as combinations a m_1 + b x of the mean of ones and the row.
+        a1 = torch.where(ones, self.counts / n1, 1.0)
+        b1 = torch.where(ones, -w / n1, 0.0)
+        a0 = -self.counts / n0  # n_0 m_0 = -n_1 m_1
+        b0 = torch.where(ones, 0.0, -w / n0)
+
+        def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+            return a * c * mm + (a * d + b * c) * xm + b * d * xx
+
+        da, db = a1 - a0, b1 - b0
+        zero, one = torch.zeros_like(da), torch.ones_like(da)
+        delta_delta = product(da, db, da, db)
+        centre_delta = product(0.5 * (a1 + a0), 0.5 * (b1 + b0), da, db)
+        scale = n_left / (1 - (n1 * n0 / n_left) * delta_delta)
+        scores = torch.where(defined, scale * (product(zero, one, da, db) - centre_delta), 0.0)
+        return LeaveOneOutScores(scores, _log_odds(n1, n0, self.prior), ones.to(x), w * defined)
+
+
+def _inverse(matrix: Tensor, mu: float) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        raise ValueError(
+            f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or readout='regression'."
+        )
+    return torch.cholesky_inverse(factor)
+
+
+def _as_labels(values: Tensor) -> Tensor:
+    return values.long() if values.ndim == 1 else values.argmax(-1)
+
+
+def _log_prior(counts: Tensor, prior: Tensor | None) -> Tensor:
+    """Log class prior in the shape of ``counts``; classes without rows are masked."""
+    if prior is None:
+        prior = counts / counts.sum(-1, keepdim=True)
+    log = torch.where(prior > 0, prior, 1.0).log().expand_as(counts)
+    return torch.where((counts > 0) & (prior > 0), log, MASKED_LOGIT)
+
+
+def _log_odds(ones: Tensor, zeros: Tensor, prior: Tensor | None) -> Tensor:
+    if prior is not None:
+        return torch.logit(prior).clamp(MASKED_LOGIT, -MASKED_LOGIT).expand_as(ones)
+    return (ones / zeros).log().clamp(MASKED_LOGIT, -MASKED_LOGIT)
