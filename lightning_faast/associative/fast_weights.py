@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_faast.associative import calibration
 from lightning_faast.associative.readout import (
+    MASKED_LOGIT,
     Discriminant,
     LeaveOneOutScores,
     LinearMap,
@@ -25,13 +26,12 @@ from lightning_faast.associative.regularization import (
     Choice,
     LeaveOneOut,
     Regularization,
-    residual_sum_of_squares,
 )
 from lightning_faast.associative.reservoir import Reservoir
 from lightning_faast.associative.spectrum import Spectrum
 from lightning_faast.associative.statistics import SufficientStatistics
 
-#: What the values mean. ``classes``: labels or one-hot rows; ``distribution``: soft labels; ``multilabel``: 0/1 columns.
+#: What values mean: labels or one-hot rows (``classes``), soft labels (``distribution``), 0/1 columns (``multilabel``).
 Task = Literal["classes", "distribution", "multilabel", "regression"]
 
 
@@ -46,7 +46,8 @@ class Solution:
         bias: b [c].
         log_prior: [c].
         temperature: Scores are divided by it to become logits.
-        temperature_fitted: False where the sample was too small (fewer than 50 rows), or none is kept.
+        temperature_fitted: False where the sample was too small (fewer than 50 rows), or none is kept; the temperature
+            is then 3 for a discriminant and 0.2 for a regression on classes, and 1 elsewhere.
         regularization: The chosen value, whether at its grid's edge, and the path (``grid`` and ``scores``).
         effective_rank: Sum of lambda f(lambda): the rank kept by a truncation, the degrees of freedom of a ridge.
         rank: Eigenvalues above the rounding floor.
@@ -344,9 +345,7 @@ class FastWeights(nn.Module):
         return self._solve_from(rows, normalized=True)
 
     @torch.no_grad()
-    def _solve_from(
-        self, rows: tuple[Tensor, Tensor, Tensor | None] | None, normalized: bool = False
-    ) -> Solution:
+    def _solve_from(self, rows: tuple[Tensor, Tensor, Tensor | None] | None, normalized: bool = False) -> Solution:
         start = time.perf_counter()
         stats = self.statistics
         task = self._task()
@@ -366,18 +365,21 @@ class FastWeights(nn.Module):
         choice = self.regularization.choose(spectrum, evaluate)
         readout = read_out(choice)
         linear = self._as_embedding(readout.linear())
+        if task == "multilabel" and readout_name == "regression":
+            linear = LinearMap(linear.weight, linear.bias - _DECISION, linear.log_prior)
         if self.empty_classes == "mask" and readout_name == "regression" and task == "classes":
-            masked = torch.where(stats.class_counts > 0, 0.0, _MASKED)
+            masked = torch.where(stats.class_counts > 0, 0.0, MASKED_LOGIT)
             linear = LinearMap(linear.weight, linear.bias, masked.to(linear.bias))
         self._store(linear, stats.count)
         loo = self._held_out(readout) if sampled and task in ("classes", "multilabel") else None
-        temperature, accuracy, loss = None, None, None
+        temperature, fitted, accuracy, loss = self._default_temperature(task, readout_name), None, None, None
         if loo is not None and bool((loo.weights > 0).any()):
             multilabel = task == "multilabel"
-            temperature = calibration.fit_temperature(loo, multilabel=multilabel)
-            accuracy = calibration.accuracy(loo, temperature or 1.0, multilabel=multilabel)
-            loss = calibration.log_loss(loo, temperature or 1.0, multilabel=multilabel)
-        self.temperature.fill_(1.0 if temperature is None else temperature)
+            fitted = calibration.fit_temperature(loo, multilabel=multilabel)
+            temperature = fitted or temperature
+            accuracy = calibration.accuracy(loo, temperature, multilabel=multilabel)
+            loss = calibration.log_loss(loo, temperature, multilabel=multilabel)
+        self.temperature.fill_(temperature)
         self._fold()
         filtered = choice.filter(spectrum)
         self.solution = Solution(
@@ -386,8 +388,8 @@ class FastWeights(nn.Module):
             weight=linear.weight,
             bias=linear.bias,
             log_prior=linear.log_prior,
-            temperature=float(self.temperature),
-            temperature_fitted=temperature is not None,
+            temperature=temperature,
+            temperature_fitted=fitted is not None,
             regularization=choice,
             effective_rank=float((spectrum.eigenvalues * filtered).sum()),
             rank=spectrum.rank,
@@ -408,7 +410,9 @@ class FastWeights(nn.Module):
     def _task(self) -> Task:
         stats = self.statistics
         if not stats.count > 0:
-            raise RuntimeError("No rows were seen: there is nothing to solve. Call fit, or update with at least one row.")
+            raise RuntimeError(
+                "No rows were seen: there is nothing to solve. Call fit, or update with at least one row."
+            )
         if stats.labels:
             return "classes"
         if stats.values_are_binary:
@@ -493,12 +497,20 @@ class FastWeights(nn.Module):
         loo = readout.leave_one_out(r.keys, r.values, r.weights)
         values = loo.values.argmax(-1) if self._task() == "classes" and loo.values.ndim == 2 else loo.values
         scores = loo.scores
+        if self._task() == "multilabel" and isinstance(readout, Regression):
+            scores = scores - _DECISION
         if self.class_embeddings is not None:
             scores = scores @ self.class_embeddings.to(scores)
         scores = self._blended(scores, r.keys.to(scores), _blend(self.statistics.count, self.prior_count))
         if self.class_embeddings is not None:
             scores = self._cosines(scores)
         return LeaveOneOutScores(scores, loo.log_prior, values, loo.weights)
+
+    def _default_temperature(self, task: Task, readout_name: str) -> float:
+        """What divides the scores where no sample says better: 1 for outputs that are no class scores."""
+        if task not in ("classes", "multilabel") or self.class_embeddings is not None:
+            return 1.0
+        return calibration.DEFAULT_TEMPERATURE[readout_name]
 
     def _loss(self, loo: LeaveOneOutScores, task: Task) -> float:
         assert isinstance(self.regularization, LeaveOneOut)
@@ -545,7 +557,9 @@ class FastWeights(nn.Module):
             RuntimeError: Where the layer is not linear in its input (unit-norm keys, class embeddings).
         """
         if self.normalize or self.class_embeddings is not None:
-            raise RuntimeError("normalize=True and class_embeddings are not linear in the key: keep the FastWeights head.")
+            raise RuntimeError(
+                "normalize=True and class_embeddings are not linear in the key: keep the FastWeights head."
+            )
         return self._folded_weight, self._folded_bias
 
     def _blended(self, scores: Tensor, keys: Tensor, blend: float | Tensor) -> Tensor:
@@ -638,7 +652,9 @@ class FastWeights(nn.Module):
         for name in ("weight", "bias", "log_prior", "class_embeddings", "zero_shot"):
             loaded, held = state_dict.get(prefix + name), getattr(self, name)
             if loaded is not None and (held is None or held.numel() == 0):
-                setattr(self, name, torch.empty_like(loaded, dtype=self.temperature.dtype, device=self.temperature.device))
+                setattr(
+                    self, name, torch.empty_like(loaded, dtype=self.temperature.dtype, device=self.temperature.device)
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.weight.numel():
             self.in_features, self.out_features = self.weight.shape[1], self.log_prior.shape[0]
@@ -668,7 +684,8 @@ class FastWeights(nn.Module):
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MASKED = -1e4
+#: Regression on 0/1 values decides at one half; taken from the bias, a logit above 0 means "more likely 1 than 0".
+_DECISION = 0.5
 
 
 def _blend(count: float, prior_count: float) -> float:
@@ -690,7 +707,7 @@ def _r_squared(spectrum: Spectrum, filtered: Tensor) -> float:
 
 
 def _error_bound(spectrum: Spectrum, choice: Choice) -> float:
-    """Relative error of W that rounding of the sums can cause: floor / smallest kept, and floor / gap where truncated."""
+    """Relative error of W that rounding of the sums can cause: floor/smallest kept, and floor/gap where truncated."""
     if not spectrum.rank:
         return 0.0
     eigenvalues = spectrum.eigenvalues

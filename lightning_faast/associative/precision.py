@@ -1,7 +1,7 @@
 """Where and in which precision sums are kept."""
 
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -9,7 +9,7 @@ import torch
 UNIT_ROUNDOFF = 2.0**-53
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_type_has_float64(device_type: str) -> bool:
     try:
         torch.zeros(1, dtype=torch.float64, device=device_type)

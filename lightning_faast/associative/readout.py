@@ -154,11 +154,13 @@ class Discriminant:
         return LinearMap(weight, torch.where(self._present, bias, 0.0), log_prior)
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
-        r"""As in :class:`Readout`: with u = x - m_c, f = w n_c/(n_c - w),
+        r"""As in :class:`Readout`; mu, k and the class prior are those of the fit.
 
+        With u = x - m_c and f = w n_c/(n_c - w),
         :math:`(S_w + \mu I - f u u^\top)^{-1} = A + f (Au)(Au)^\top/(1 - f u^\top A u)`,
-        :math:`m_c' = (n_c m_c - w x)/(n_c - w)`, :math:`g' = (N g - w x)/(N - w)`; mu and k are those of the fit.
-        """  # noqa: D205 - one sentence with its formula
+        :math:`m_c' = (n_c m_c - w x)/(n_c - w)` and :math:`g' = (N g - w x)/(N - w)`. Were the prior counted anew
+        without the row, its own class would be the rarest of a balanced set, and every estimate too low.
+        """
         s = self.spectrum
         x = s.coordinates(keys)  # relative to g
         labels = _as_labels(values.to(x.device))
@@ -197,7 +199,8 @@ class Discriminant:
         delta_delta = mm + 2 * shift * xm + shift.square() * xx[:, None]
         scores = n_left[:, None] * (shrink * x_delta - 0.5 * shrink.square() * delta_delta)
         scores = torch.where(self._present, scores, 0.0)
-        return LeaveOneOutScores(scores, _log_prior(counts, self.prior), labels, (w * defined)[:, None])
+        log_prior = _log_prior(self.counts, self.prior).expand_as(scores)
+        return LeaveOneOutScores(scores, log_prior, labels, (w * defined)[:, None])
 
 
 class PairedDiscriminants:
@@ -240,7 +243,7 @@ class PairedDiscriminants:
         return LinearMap(weight, bias, _log_odds(ones, zeros, self.prior))
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
-        """As in :class:`Readout`; every column as if the row had not been seen."""
+        """As in :class:`Readout`; mu and the prior are those of the fit."""
         s = self.spectrum
         x = s.coordinates(keys)  # relative to the grand mean
         ones = values.to(x) > 0.5
@@ -273,14 +276,16 @@ class PairedDiscriminants:
         centre_delta = product(0.5 * (a1 + a0), 0.5 * (b1 + b0), da, db)
         scale = n_left / (1 - (n1 * n0 / n_left) * delta_delta)
         scores = torch.where(defined, scale * (product(zero, one, da, db) - centre_delta), 0.0)
-        return LeaveOneOutScores(scores, _log_odds(n1, n0, self.prior), ones.to(x), w * defined)
+        log_prior = _log_odds(self.counts, n - self.counts, self.prior).expand_as(scores)
+        return LeaveOneOutScores(scores, log_prior, ones.to(x), w * defined)
 
 
 def _inverse(matrix: Tensor, mu: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         raise ValueError(
-            f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or readout='regression'."
+            f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or "
+            "readout='regression'."
         )
     return torch.cholesky_inverse(factor)
 

@@ -18,6 +18,8 @@ _PER_DECADE = 12
 _ABOVE_FLOOR = 10.0
 #: ... to so many times the largest eigenvalue, where the fit is the mean of the values and nothing else.
 _ABOVE_LARGEST = 100.0
+#: A fit that can pass through every row and keeps less than this share of its degrees of freedom all but does.
+_INTERPOLATING = 0.05
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class PaperRule(Regularization):
             raise ValueError(f"alpha must be a finite number above 0, got {self.alpha}.")
 
     def choose(self, spectrum: Spectrum, evaluate: Callable[[Choice], float] | None = None) -> Choice:
-        """rtol = n^-alpha."""
+        """The tolerance n^-alpha."""
         return Choice("truncation", max(spectrum.count, 1.0) ** -self.alpha)
 
 
@@ -147,7 +149,8 @@ class GCV(Regularization):
     - at the lower edge of a fit that cannot pass through every row (N > r + 1) the data is all but free of noise, and
       the lowest grid point is used;
     - otherwise (one example a class, no signal) :math:`\mu` is ``fallback`` times the mean eigenvalue
-      :math:`\mathrm{tr}(G)/r`.
+      :math:`\mathrm{tr}(G)/r`. A fit that can pass through every row (N <= r + 1) has its lower edge where it all but
+      does, with dof/N under 0.05: there GCV compares two numbers near zero.
 
     Both are reported as ``at_edge``.
 
@@ -168,12 +171,16 @@ class GCV(Regularization):
         grid = ridge_grid(spectrum)
         scores = gcv_scores(spectrum, grid)
         best = int(scores.argmin())
-        if 0 < best < len(grid) - 1:
-            return Choice("ridge", float(grid[best]), grid=grid, scores=scores)
+        mu = grid[best]
+        interpolating = (
+            spectrum.interpolates and float(residual_dof(spectrum, mu[None])) < _INTERPOLATING * spectrum.count
+        )
+        if 0 < best < len(grid) - 1 and not interpolating:
+            return Choice("ridge", float(mu), grid=grid, scores=scores)
         if best == 0 and not spectrum.interpolates:
-            return Choice("ridge", float(grid[0]), at_edge=True, grid=grid, scores=scores)
-        mu = self.fallback * float(spectrum.eigenvalues.mean())
-        return Choice("ridge", mu, at_edge=True, grid=grid, scores=scores)
+            return Choice("ridge", float(mu), at_edge=True, grid=grid, scores=scores)
+        fallback = self.fallback * float(spectrum.eigenvalues.mean())
+        return Choice("ridge", fallback, at_edge=True, grid=grid, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -195,9 +202,7 @@ class LeaveOneOut(Regularization):
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in ("log_loss", "error", "squared_error"):
-            raise ValueError(
-                f"metric must be 'log_loss', 'error', 'squared_error' or a callable, got {self.metric!r}."
-            )
+            raise ValueError(f"metric must be 'log_loss', 'error', 'squared_error' or a callable, got {self.metric!r}.")
         if self.candidates < 2:
             raise ValueError(f"candidates must be at least 2, got {self.candidates}.")
 
@@ -238,9 +243,13 @@ def residual_sum_of_squares(spectrum: Spectrum, mu: Tensor) -> Tensor:
     return unreachable + (explained * (mu / (eigenvalues + mu)) ** 2).sum(1)
 
 
+def residual_dof(spectrum: Spectrum, mu: Tensor) -> Tensor:
+    """Degrees of freedom that a ridge leaves, tr(I - H) [m]; the mean that centring takes out is one parameter."""
+    rows_left = 0.0 if spectrum.interpolates else spectrum.count - int(spectrum.centered) - spectrum.rank
+    return rows_left + (mu[:, None] / (spectrum.eigenvalues + mu[:, None])).sum(1)
+
+
 def gcv_scores(spectrum: Spectrum, mu: Tensor) -> Tensor:
-    """GCV(mu) [m]; the mean that centring takes out is counted as one parameter."""
-    n, p = spectrum.count, int(spectrum.centered)
-    rows_left = 0.0 if spectrum.interpolates else n - p - spectrum.rank
-    dof = rows_left + (mu[:, None] / (spectrum.eigenvalues + mu[:, None])).sum(1)
-    return (residual_sum_of_squares(spectrum, mu) / n) / (dof / n) ** 2
+    """GCV(mu) [m]."""
+    n = spectrum.count
+    return (residual_sum_of_squares(spectrum, mu) / n) / (residual_dof(spectrum, mu) / n) ** 2

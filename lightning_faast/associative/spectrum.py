@@ -58,9 +58,7 @@ class Spectrum:
         floor = _floor(gram.shape[0], eigenvalues, scale)
         kept = int((eigenvalues > floor).sum())
         basis = basis[:, :kept]
-        return cls(
-            basis, eigenvalues[:kept], basis.T @ cross, key_mean, value_mean, n, trace, floor, centered
-        )
+        return cls(basis, eigenvalues[:kept], basis.T @ cross, key_mean, value_mean, n, trace, floor, centered)
 
     @classmethod
     def from_rows(
@@ -88,9 +86,7 @@ class Spectrum:
         centred_values = (as_dense(values.to(device), value_mean.shape[0]) - value_mean) * root
         projected = eigenvalues.sqrt()[:, None] * (left.T @ centred_values)
         trace = float(centred_values.square().sum())
-        return cls(
-            basis, eigenvalues, projected, key_mean, value_mean, statistics.count, trace, floor, centered
-        )
+        return cls(basis, eigenvalues, projected, key_mean, value_mean, statistics.count, trace, floor, centered)
 
     @property
     def rank(self) -> int:

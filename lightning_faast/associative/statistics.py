@@ -187,9 +187,7 @@ class SufficientStatistics:
             self.verify()
         return self
 
-    def _as_rows(
-        self, keys: Tensor, values: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _as_rows(self, keys: Tensor, values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         if keys.ndim < 2 or not keys.is_floating_point():
             raise ValueError(f"keys must be floating point of shape [..., d], got {keys.dtype} {tuple(keys.shape)}.")
         lead, d = keys.shape[:-1], keys.shape[-1]
