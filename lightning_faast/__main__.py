@@ -1,2 +1,7 @@
+"""Run the command line: ``python -m lightning_faast``."""
+
+import sys
+
 from lightning_faast.cli import main
-main()
+
+sys.exit(main())

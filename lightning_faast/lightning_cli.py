@@ -1,0 +1,193 @@
+"""The verbs of the command line on LightningCLI: fit, validate, test and predict."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_faast.cli import VERBS, find_configs
+from lightning_faast.module import FaastModule
+
+_PROGRAM = "python -m lightning_faast"
+_TRAINER_DEFAULTS = {
+    "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs", "name": ""}},
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,  # before the pass there is no head worth checking
+}
+# Lightning warns of these in every fit of a frozen encoder in one pass, where they are meant.
+_EXPECTED_IN_ONE_PASS = (
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    r"`LightningModule.configure_optimizers` returned `None`",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"Total length of `list` across ranks is zero",  # no validation split
+)
+
+
+def run_directory(logger: Logger) -> str:
+    """Return the folder of this run, in which ModelCheckpoint makes ``checkpoints/``."""
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        return str(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or ".", str(logger.name), version)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keep the configuration with the run, once, whatever the logger.
+
+    Every logger's run gets ``config.yaml`` beside its checkpoints; ``--config`` reads it back. Loggers with a server of
+    their own (W&B) also get the configuration as the run's config. Lightning's own callback writes to
+    ``trainer.log_dir``, which is one and the same folder for all W&B runs, and refuses the second.
+    """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the configuration; called on rank zero only."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger | TensorBoardLogger):
+                logger.log_hyperparams(yaml.safe_load(text))  # W&B: config.update(…, allow_val_change=True)
+            directory = run_directory(logger)
+            os.makedirs(directory, exist_ok=True)
+            with open(os.path.join(directory, self.config_filename), "w", encoding="utf-8") as file:
+                file.write(text)
+
+
+class FaastCLI(LightningCLI):
+    """LightningCLI with a ``FaastModule``, any datamodule, and a method.
+
+    ``method`` is a callback or null, ``FaastCallback`` where nothing is said. ``fit`` appends it to the trainer's own
+    callbacks; the other verbs do not need it. With null the module trains by backpropagation.
+
+    ``fit`` ends with an accuracy: that of the validation split, or of the test split where the data have none.
+
+    Args:
+        args: The command line, from the verb on; that of the process where nothing is given.
+
+    Example::
+
+        cli = FaastCLI(["fit", "--config", "recipes/quickstart.yaml"])
+        cli.trainer.callback_metrics["test/accuracy"]
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            FaastModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            # the module builds its optimizer itself: LightningCLI's would miss a head that is built in setup
+            auto_configure_optimizers=False,
+            # the module keeps no hyper-parameters: those of a checkpoint would overrule what the user typed
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": _PROGRAM,
+                "allow_abbrev": False,
+                **{
+                    verb: {
+                        "allow_abbrev": False,
+                        "description": text[0].upper() + text[1:] + ".",
+                        # the generated usage has sixty lines and would bury the error below it
+                        "usage": f"{_PROGRAM} {verb} --config RECIPE [--config OVERLAY ...] [--OPTION=VALUE ...]",
+                    }
+                    for verb, text in VERBS.items()
+                },
+            },
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs, each with the arguments of its Trainer method that are not options."""
+        subcommands = LightningCLI.subcommands()
+        subcommands["predict"].add("return_predictions")  # they are always written to a file
+        return subcommands
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--method``."""
+        parser.add_argument(
+            "--method",
+            type=Callback | None,
+            default={"class_path": "lightning_faast.callback.FaastCallback"},
+            help="What fits the module in fit: a callback, or null for backpropagation.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line, with configuration files looked up among the shipped ones too."""
+        try:
+            found = find_configs(sys.argv[1:] if args is None else list(args))
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        # not super(): it warns whenever args are given and the process has some of its own
+        self.config = parser.parse_args(found)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; in ``fit`` with the method behind the recipe's own callbacks."""
+        options = self.config_init[self.subcommand]
+        if self.subcommand == "fit" and options.method is not None:
+            callbacks = options.trainer.callbacks or []
+            kwargs["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), options.method]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: FaastModule, **kwargs: Any) -> None:
+        """Run ``Trainer.fit``, without Lightning's warnings of what a fit in one pass does on purpose."""
+        with warnings.catch_warnings():
+            if self.config_init[self.subcommand].method is not None:
+                for message in _EXPECTED_IN_ONE_PASS:
+                    warnings.filterwarnings("ignore", message)
+            self.trainer.fit(model, **kwargs)
+
+    def after_fit(self) -> None:
+        """End with an accuracy, of the test split where nothing was validated."""
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+            self._say(f"checkpoint {checkpoint.best_model_path}")  # before the test, which may fail
+        if "val/accuracy" not in self.trainer.callback_metrics:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+        self._say_accuracy()
+
+    def after_validate(self) -> None:
+        """Print the accuracy."""
+        self._say_accuracy()
+
+    def after_test(self) -> None:
+        """Print the accuracy."""
+        self._say_accuracy()
+
+    def predict(self, model: FaastModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """Write labels [N] and probabilities [N, c] to ``predictions.pt`` in the run's folder.
+
+        Raises:
+            RuntimeError: If several processes run, each of which would have a part of the rows.
+        """
+        if self.trainer.world_size > 1:
+            raise RuntimeError(
+                f"predict runs in {self.trainer.world_size} processes and writes one file; add --trainer.devices=1 "
+                "--trainer.num_nodes=1."
+            )
+        batches: Any = self.trainer.predict(model, datamodule=datamodule, return_predictions=True, **kwargs)
+        rows: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        rows["class_names"] = list(getattr(datamodule, "class_names", None) or [])
+        directory = run_directory(self.trainer.logger) if self.trainer.logger else self.trainer.default_root_dir
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, "predictions.pt")
+        torch.save(rows, path)
+        self._say(f"predictions of {len(rows['label'])} rows (label, probabilities, class_names) in {path}")
+
+    def _say_accuracy(self) -> None:
+        for name in ("val/accuracy", "test/accuracy"):
+            if name in self.trainer.callback_metrics:
+                self._say(f"{name} {self.trainer.callback_metrics[name]:.3f}")
+
+    def _say(self, line: str) -> None:
+        if self.trainer.is_global_zero:
+            print(line, flush=True)
