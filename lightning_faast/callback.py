@@ -122,6 +122,14 @@ class FaastCallback(Callback):
         self._counter = distributed.RowCounter()
         self._solved = False
 
+    @property
+    def learner(self) -> FastWeights | None:
+        """What learns the head: the FastWeights head itself, or fast weights beside an nn.Linear.
+
+        Its ``statistics`` can be saved, merged and subtracted. With several processes rank 0's holds all rows.
+        """
+        return self._learner
+
     # ------------------------------------------------------------------ before the pass
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

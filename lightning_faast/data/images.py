@@ -1,0 +1,318 @@
+"""Labelled images for any encoder."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_faast.data.labels import choose_per_class, encode_labels
+from lightning_faast.data.sources import ImageRows, ImageSource
+from lightning_faast.data.transforms import DecodeTransform, DeviceTransform, WorkerTransform, complete_data_config
+
+_SMALL_SIDE = 128  # pixels; larger images of one size are too often a coincidence of those looked at
+_LOOKED_AT = 64  # images a split
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Rows of a split as tensors, decoded when asked for.
+
+    Args:
+        rows: The images.
+        labels: Class index of every row, int64.
+        indices: The rows that take part, in order.
+        transform: From a PIL image to a tensor.
+    """
+
+    def __init__(
+        self, rows: ImageRows, labels: np.ndarray, indices: np.ndarray, transform: Callable[[Image.Image], Tensor]
+    ) -> None:
+        self.rows = rows
+        self.labels = labels
+        self.indices = indices
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = int(self.indices[index])
+        return self.transform(self.rows.image(row)), int(self.labels[row])
+
+
+class ImageDataModule(LightningDataModule):
+    """Labelled images from the Hugging Face hub, local files or torchvision, prepared as an encoder wants them.
+
+    Images are prepared by timm's evaluation transform, in the workers. Where all images have one small size (CIFAR,
+    digits), the workers only decode them and the same transform runs in batches on the device, after the transfer of
+    small uint8 images, in ``on_after_batch_transfer``; who iterates over a loader without a Trainer calls that hook.
+
+    Batches are tuples ``(images, labels)``: float32 ``(batch, 3, height, width)`` and int64 ``(batch,)``. The training
+    split comes in order, unaugmented and whole: what is fitted in closed form gains nothing from chance. Methods with
+    epochs set ``shuffle`` and ``augment``.
+
+    Args:
+        path: A data set's name on the hub (``uoft-cs/cifar10``), a local folder in the hub's parquet layout, a
+            ``.parquet`` file, a root of ``split/class/image`` folders, or ``torchvision:CIFAR10``.
+        name: Configuration of a Hugging Face data set.
+        root: Folder of the files of a torchvision data set, which are downloaded there if need be.
+        train_split: Split to fit on; ``None`` for data sets that are only evaluated on. Hugging Face data sets and
+            parquet files also take slices, such as ``train[:80%]``.
+        val_split: Split to validate on; ``None`` for no validation.
+        test_split: Split of ``test`` and ``predict``; ``None`` where there is none.
+        image_column: Column of the images; ``None`` to find it by its name and type.
+        label_column: Column of the labels (class labels, integers or strings); ``None`` to find it.
+        batch_size: Images a batch, on each device.
+        eval_batch_size: The same for validation, test and prediction; ``None`` for ``batch_size``.
+        num_workers: Processes that read and decode, for each loader.
+        pin_memory: Page-locked batches; ``None`` for where CUDA is available.
+        persistent_workers: Keep the workers from one epoch to the next.
+        limit_per_class: Fit on this many images of each class only, chosen at random from the labels alone.
+        seed: Seed of that choice and of shuffling.
+        shuffle: Shuffle the training split anew in every epoch.
+        augment: Arguments of timm's ``create_transform`` for training, such as ``{"hflip": 0.5, "scale": [0.5, 1.0]}``;
+            ``{}`` for timm's defaults. Augmented images are prepared in the workers.
+        data_config: What ``timm.data.resolve_model_data_config`` gives; ``None`` for ``data_config`` of the attribute
+            ``encoder`` of the module that runs.
+        interpolation: Replaces the data configuration's (``bilinear``, ``bicubic``, …).
+        crop_pct: Replaces the data configuration's share of the image's side that the center crop keeps.
+        device_transform: Prepare images in batches on the device; ``None`` to decide by looking at a few images.
+
+    Attributes:
+        class_names: Names of the classes, after ``setup``.
+        num_classes: Number of classes, after ``setup``.
+
+    Raises:
+        ValueError: For options that cannot be, splits and columns that are not there (the message lists those that
+            are), and images of several sizes where ``device_transform`` is set.
+        ConnectionError: Where the data set is on the hub and the hub cannot be reached.
+
+    Example:
+        >>> data = ImageDataModule("uoft-cs/cifar10", batch_size=256, num_workers=4)  # doctest: +SKIP
+        >>> trainer.fit(module, datamodule=data)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        root: str | None = None,
+        train_split: str | None = "train",
+        val_split: str | None = None,
+        test_split: str | None = "test",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = False,
+        limit_per_class: int | None = None,
+        seed: int = 0,
+        shuffle: bool = False,
+        augment: dict[str, Any] | None = None,
+        data_config: dict[str, Any] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        device_transform: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if train_split is None and val_split is None and test_split is None:
+            raise ValueError("train_split, val_split and test_split are all None: name at least one split.")
+        for option, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("limit_per_class", limit_per_class),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value} must be at least 1.")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative.")
+        if persistent_workers and num_workers == 0:
+            raise ValueError("persistent_workers=True needs num_workers of at least 1.")
+        # no save_hyperparameters: Lightning refuses a name that module and data module log with different values
+        self.path = path
+        self.name = name
+        self.root = root
+        self.train_split = train_split
+        self.val_split = val_split
+        self.test_split = test_split
+        self.image_column = image_column
+        self.label_column = label_column
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.limit_per_class = limit_per_class
+        self.seed = seed
+        self.shuffle = shuffle
+        self.augment = augment
+        self.data_config = data_config
+        self.interpolation = interpolation
+        self.crop_pct = crop_pct
+        self.device_transform = device_transform
+
+        self._rows: dict[str, ImageRows] = {}
+        self._labels: dict[str, np.ndarray] = {}
+        self._indices: dict[str, np.ndarray] = {}
+        self._class_names: list[str] | None = None
+        self._size: tuple[int, int] | None = None  # the one size of all images, where they are prepared on the device
+        self._config: dict[str, Any] = {}
+        self._on_device: DeviceTransform | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices."""
+        if self._class_names is None:
+            raise RuntimeError("The classes are known after setup: call prepare_data() and setup() first.")
+        return self._class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def prepare_data(self) -> None:
+        """Download what is not on this machine yet."""
+        self._source().download(self._splits())
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits and settle how images are prepared.
+
+        Args:
+            stage: Whatever it is, all splits are opened: the training split defines the classes.
+        """
+        if self._class_names is None:
+            self._open_splits()
+        # anew at every setup, as the module may be another
+        self._config = complete_data_config(self._find_data_config(), self.interpolation, self.crop_pct)
+        wanted = self.device_transform
+        if wanted is None:
+            wanted = DeviceTransform.unsupported(self._config) is None
+        self._on_device = DeviceTransform(self._config) if wanted else None
+        if self._on_device is not None and self._size is None:
+            self._size = self._find_size()
+            if self._size is None:
+                self._on_device = None
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """The training split."""
+        if self.train_split is None:
+            raise ValueError("train_split=None: name the split to fit on (--data.train_split=NAME).")
+        return self._loader(self.train_split, training=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]] | list[Any]:
+        """The validation split; an empty list, which Lightning takes for no validation, where there is none."""
+        return [] if self.val_split is None else self._loader(self.val_split)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """The test split."""
+        if self.test_split is None:
+            raise ValueError("test_split=None: name the split to test on (--data.test_split=NAME).")
+        return self._loader(self.test_split)
+
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+        """The test split."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Prepare a batch of decoded images on its device; one prepared in the workers passes through."""
+        images, labels = batch
+        if images.dtype == torch.uint8:
+            if self._on_device is None:
+                raise RuntimeError("This batch was made before the last setup(): take a new loader.")
+            images = self._on_device(images)
+        return images, labels
+
+    def _source(self) -> ImageSource:
+        return ImageSource(self.path, self.name, self.root, self.image_column, self.label_column)
+
+    def _open(self, splits: Sequence[str]) -> dict[str, ImageRows]:
+        """Rows of each split; what a data module of another source replaces, together with ``prepare_data``."""
+        source = self._source()
+        return {split: source.open(split) for split in splits}
+
+    def _splits(self) -> list[str]:
+        named = (self.train_split, self.val_split, self.test_split)
+        return list(dict.fromkeys(split for split in named if split is not None))
+
+    def _open_splits(self) -> None:
+        self._rows = self._open(self._splits())
+        class_names, self._labels = encode_labels(self._rows)
+        self._indices = {split: np.arange(len(rows)) for split, rows in self._rows.items()}
+        if self.limit_per_class is not None and self.train_split is not None:
+            labels = self._labels[self.train_split]
+            chosen, counts = choose_per_class(labels, len(class_names), self.limit_per_class, self.seed)
+            self._indices[self.train_split] = chosen
+            short = [f"{class_names[i]} ({counts[i]})" for i in np.flatnonzero(counts < self.limit_per_class)]
+            if short:
+                listed = ", ".join(short[:10]) + (f" and {len(short) - 10} more" if len(short) > 10 else "")
+                rank_zero_warn(
+                    f"limit_per_class={self.limit_per_class}, but some classes of the split {self.train_split!r} have "
+                    f"fewer images, all of which are taken: {listed}."
+                )
+        self._class_names = class_names
+
+    def _find_data_config(self) -> dict[str, Any]:
+        if self.data_config is not None:
+            return self.data_config
+        module = None if self.trainer is None else self.trainer.lightning_module
+        config = getattr(getattr(module, "encoder", None), "data_config", None)
+        if config is None:
+            raise ValueError(
+                "data_config is not set, and there is no running module with an attribute encoder that has a "
+                "data_config. Pass data_config=timm.data.resolve_model_data_config(model)."
+            )
+        return config
+
+    def _find_size(self) -> tuple[int, int] | None:
+        """The one small size of the images looked at, of every split; ``None`` where there is none."""
+        sizes: set[tuple[int, int]] = set()
+        for rows in self._rows.values():
+            for index in np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(int)):
+                sizes.add(rows.image(int(index)).size)
+                if len(sizes) > 1:
+                    if self.device_transform:
+                        listed = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
+                        raise ValueError(
+                            f"device_transform=True needs images of one size, found {listed}. Set device_transform="
+                            "False to resize each image in the workers."
+                        )
+                    return None
+                if self.device_transform is None and max(next(iter(sizes))) > _SMALL_SIDE:
+                    return None
+        return next(iter(sizes))
+
+    def _loader(self, split: str, training: bool = False) -> DataLoader[tuple[Tensor, int]]:
+        rows = self._rows.get(split)
+        if rows is None or not self._config:
+            raise RuntimeError("Call prepare_data() and setup() first; a Trainer does.")
+        transform: Callable[[Image.Image], Tensor]
+        if training and self.augment is not None:
+            transform = WorkerTransform(self._config, self.augment)
+        elif self._on_device is not None and self._size is not None:
+            transform = DecodeTransform(self._size)
+        else:
+            transform = WorkerTransform(self._config)
+        shuffle = training and self.shuffle
+        return DataLoader(
+            ImageDataset(rows, self._labels[split], self._indices[split], transform),
+            batch_size=self.batch_size if training else self.eval_batch_size or self.batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            persistent_workers=self.persistent_workers,
+        )
+
+
+def _collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = default_collate(rows)
+    return images, labels

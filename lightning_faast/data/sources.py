@@ -1,0 +1,292 @@
+"""Where labelled images come from: one split of a data set as rows that are decoded when asked for."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lightning_faast.data.columns import find_image_column, find_label_column
+from lightning_faast.data.extras import require
+
+_TORCHVISION = "torchvision:"
+
+
+class ImageRows(ABC):
+    """Labelled images of one split. Reading the labels decodes no image.
+
+    Attributes:
+        labels: The labels as the source has them, integers or strings, ``(rows,)``.
+        class_names: Names of the classes 0, 1, …, where the source declares them.
+    """
+
+    def __init__(self, labels: np.ndarray, class_names: list[str] | None = None) -> None:
+        self.labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """The image of one row, in any mode and size."""
+
+
+class DatasetRows(ImageRows):
+    """Rows of a memory-mapped Hugging Face data set.
+
+    Args:
+        dataset: One split, a ``datasets.Dataset``.
+        image_column: Column of the images; ``None`` to find it.
+        label_column: Column of the labels; ``None`` to find it.
+    """
+
+    def __init__(self, dataset: Any, image_column: str | None = None, label_column: str | None = None) -> None:
+        datasets = require("datasets", "vision")
+        self.image_column = find_image_column(dataset.features, image_column)
+        label_column = find_label_column(dataset.features, label_column)
+        images = dataset.select_columns([self.image_column])
+        feature = dataset.features[self.image_column]
+        if not isinstance(feature, datasets.Image):
+            # written without the hub's metadata: a struct of bytes and path, or the bytes alone
+            try:
+                images = images.cast_column(self.image_column, datasets.Image())
+            except (TypeError, ValueError, NotImplementedError) as error:  # the last is pyarrow's
+                raise ValueError(
+                    f"Column {self.image_column!r} cannot be read as images ({error}). Set image_column to one of: "
+                    f"{', '.join(dataset.column_names)}."
+                ) from error
+        elif not feature.decode:
+            images = images.cast_column(self.image_column, datasets.Image())
+        self.images = images
+
+        feature = dataset.features[label_column]
+        names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        super().__init__(_read_labels(dataset, label_column), names)
+
+    def image(self, index: int) -> Image.Image:
+        """The image of one row, in any mode and size."""
+        image = self.images[index][self.image_column]
+        if image is None:
+            raise ValueError(f"Row {index} has no image in column {self.image_column!r}. Remove the row.")
+        return image
+
+
+def _read_labels(dataset: Any, column: str) -> np.ndarray:
+    # through arrow: neither the images nor a Python object for every row
+    values = dataset.select_columns([column]).with_format("arrow")[:].column(0)
+    if values.null_count:
+        raise ValueError(f"{values.null_count} of {len(values)} rows have no label in column {column!r}.")
+    labels = np.asarray(values.to_pylist()) if str(values.type).endswith("string") else values.to_numpy()
+    if labels.dtype.kind not in "iubU":
+        raise ValueError(
+            f"Column {column!r} holds {values.type}, expected integers or strings. Set label_column to one of: "
+            f"{', '.join(dataset.column_names)}."
+        )
+    return labels.astype(np.int64) if labels.dtype.kind in "iub" else labels
+
+
+class FileRows(ImageRows):
+    """Rows of image files.
+
+    Args:
+        paths: One file a row.
+        labels: Class names, ``(rows,)``.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: np.ndarray) -> None:
+        super().__init__(labels)
+        self.paths = paths
+
+    def image(self, index: int) -> Image.Image:
+        """The image of one row, in any mode and size."""
+        with Image.open(self.paths[index]) as image:
+            image.load()
+            return image
+
+
+class ArrayRows(ImageRows):
+    """Rows of small images in one array, for sources that are in memory anyway.
+
+    Args:
+        images: uint8, ``(rows, height, width)`` or ``(rows, height, width, 3)``.
+        labels: int64, ``(rows,)``.
+        class_names: Names of the classes; ``None`` where the source has none.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str] | None) -> None:
+        super().__init__(labels, class_names)
+        self.images = images
+
+    def image(self, index: int) -> Image.Image:
+        """The image of one row, greyscale or RGB."""
+        return Image.fromarray(self.images[index])
+
+
+class ImageSource:
+    """A data set with named splits, found by its path.
+
+    Args:
+        path: A local folder in the hub's parquet layout, a ``.parquet`` file, a root of ``split/class/image`` folders,
+            ``torchvision:CLASS``, or else a data set's name on the Hugging Face hub.
+        name: Configuration of a Hugging Face data set.
+        root: Folder of the downloaded files of a torchvision data set.
+        image_column: Column of the images in a Hugging Face data set or parquet file.
+        label_column: Column of the labels there.
+
+    Raises:
+        FileNotFoundError: Where the path is neither there nor a possible name on the hub.
+        ValueError: Where an option does not belong to this kind of source, or a folder has no known layout.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        root: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.root = root
+        self.image_column = image_column
+        self.label_column = label_column
+        self.kind = _find_kind(path)
+        if self.kind in ("torchvision", "folders"):
+            self._refuse(name=name, image_column=image_column, label_column=label_column)
+        if self.kind == "parquet":
+            self._refuse(name=name)
+        if self.kind != "torchvision":
+            self._refuse(root=root)
+        elif root is None:
+            raise ValueError(f"path={path!r} needs root, the folder of the downloaded files (--data.root=DIR).")
+
+    def _refuse(self, **options: str | None) -> None:
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option}={value!r} means nothing for path={self.path!r} ({_KINDS[self.kind]}).")
+
+    def download(self, splits: Sequence[str]) -> None:
+        """Fetch what is not on this machine yet; on several processes, call it in one."""
+        if self.kind == "folders":
+            return
+        for split in splits:
+            if self.kind == "torchvision":
+                self._load_torchvision(split, download=True)
+            else:
+                self._load_dataset(split)
+
+    def open(self, split: str) -> ImageRows:
+        """The rows of one split.
+
+        Args:
+            split: A split's name; for Hugging Face data sets and parquet files also a slice such as ``train[:80%]``.
+
+        Raises:
+            ValueError: Where there is no such split or column; the message lists those that there are.
+            ConnectionError: Where the data set is on the hub and cannot be reached.
+        """
+        if self.kind == "folders":
+            return self._open_folders(split)
+        if self.kind == "torchvision":
+            dataset = self._load_torchvision(split, download=False)
+            classes = getattr(dataset, "classes", None)  # USPS has none
+            return ArrayRows(np.asarray(dataset.data), np.asarray(dataset.targets), classes and list(classes))
+        return DatasetRows(self._load_dataset(split), self.image_column, self.label_column)
+
+    def _load_dataset(self, split: str) -> Any:
+        datasets = require("datasets", "vision")
+        what: dict[str, Any] = {"path": self.path, "name": self.name}
+        if self.kind == "layout":
+            what["path"] = str(Path(self.path).expanduser())
+        elif self.kind == "parquet":
+            what = {"path": "parquet", "data_files": str(Path(self.path).expanduser())}
+        try:
+            return datasets.load_dataset(**what, split=split)
+        except ValueError:
+            there = list(datasets.load_dataset(**what))
+            parts = {part.split("[")[0].strip() for part in re.split(r"\+", split)}
+            if parts <= {*there, "all"}:
+                raise  # a malformed slice, which datasets explains
+            raise _no_split(self.path, split, there) from None
+        except OSError as error:  # ConnectionError, and DatasetNotFoundError for a name that is not on the hub
+            if self.kind != "hub":
+                raise
+            raise ConnectionError(
+                f"The data set {self.path!r} is not in the local cache and cannot be downloaded ({error}). On a "
+                "machine that reaches no hub, give a local folder that holds a copy instead (--data.path=DIR)."
+            ) from error
+
+    def _open_folders(self, split: str) -> ImageRows:
+        folder = Path(self.path).expanduser() / split
+        if not folder.is_dir():
+            raise _no_split(self.path, split, sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir()))
+        try:
+            files = require("torchvision.datasets", "vision").ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} must hold one folder of images a class. ({error})") from error
+        paths = [path for path, _ in files.samples]
+        return FileRows(paths, np.asarray(files.classes)[np.asarray(files.targets)])
+
+    def _load_torchvision(self, split: str, download: bool) -> Any:
+        catalog = require("torchvision.datasets", "vision")
+        name = self.path.removeprefix(_TORCHVISION)
+        kind = getattr(catalog, name, None)
+        if not isinstance(kind, type) or not {"train", "download"} <= set(signature(kind).parameters):
+            raise ValueError(
+                f"path={self.path!r}: torchvision.datasets has no {name} with a train and a test split in one argument "
+                "train; CIFAR10, CIFAR100, MNIST and FashionMNIST are such."
+            )
+        if split not in ("train", "test"):
+            raise _no_split(self.path, split, ["train", "test"])
+        try:
+            return kind(self.root, train=split == "train", download=download)
+        except OSError as error:
+            raise ConnectionError(
+                f"The files of {self.path!r} are not in root={self.root!r} and cannot be downloaded ({error}). "
+                "Put them there, or give a local folder in the hub's parquet layout instead (--data.path=DIR)."
+            ) from error
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"The files of {self.path!r} are not in root={self.root!r}. Call prepare_data(), which downloads them, "
+                f"or put them there. ({error})"
+            ) from error
+
+
+_KINDS = {
+    "torchvision": "a torchvision data set",
+    "folders": "folders of images",
+    "parquet": "a parquet file",
+    "layout": "a folder in the hub's parquet layout",
+    "hub": "a data set on the Hugging Face hub",
+}
+
+
+def _find_kind(path: str) -> str:
+    if path.startswith(_TORCHVISION):
+        return "torchvision"
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".parquet":
+            raise ValueError(f"path={path!r} is a file of an unknown kind: expected one that ends in .parquet.")
+        return "parquet"
+    if local.is_dir():
+        if next(local.rglob("*.parquet"), None) is not None:
+            return "layout"
+        if any(entry.is_dir() for entry in local.glob("*/*")):
+            return "folders"
+        raise ValueError(
+            f"path={path!r} holds neither .parquet files nor folders split/class (train/cat, train/dog, test/cat, …)."
+        )
+    if path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise FileNotFoundError(f"path={path!r} is not there, and no name on the Hugging Face hub looks like it.")
+    return "hub"
+
+
+def _no_split(path: str, split: str, there: Sequence[str]) -> ValueError:
+    return ValueError(f"path={path!r} has no split {split!r}. Its splits: {', '.join(there)}.")

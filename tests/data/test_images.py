@@ -1,0 +1,553 @@
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from timm.data import create_transform
+
+from lightning_faast.data import DigitsDataModule, ImageDataModule
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+CONFIG = {
+    "input_size": (3, 24, 24),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
+MODES = ("RGB", "L", "RGBA", "P", "LA", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def make_image(index, size=(16, 16), mode="RGB"):
+    pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Root of split/class/image folders: PNG and JPEG, several modes, odd sizes."""
+    root = tmp_path / "folders"
+    index = 0
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for _ in range(count):
+                mode = MODES[index % len(MODES)]
+                suffix = "jpg" if mode in ("RGB", "L") else "png"
+                image = make_image(index, (20 + index % 7, 33 - index % 5), mode)
+                image.save(root / split / name / f"{index}.{suffix}")
+                index += 1
+    return root
+
+
+def write_layout(root, rows=20, size=(16, 16), image="img", label="label", names=("a", "b"), **columns):
+    """A local folder in the hub's parquet layout; labels alternate."""
+    label_type = datasets.ClassLabel(names=list(names)) if names else None
+    for split, count, start in (("train", rows, 0), ("test", rows // 2, 1000)):
+        content = {
+            image: [make_image(start + i, size) for i in range(count)],
+            label: [i % 2 for i in range(count)],
+            **{key: values[:count] for key, values in columns.items()},
+        }
+        split_rows = datasets.Dataset.from_dict(content).cast_column(image, datasets.Image())
+        if label_type:
+            split_rows = split_rows.cast_column(label, label_type)
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        split_rows.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture
+def layout(tmp_path):
+    return write_layout(tmp_path / "layout")
+
+
+def make(path, **options):
+    options.setdefault("data_config", CONFIG)
+    module = ImageDataModule(str(path), **options)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def read(module, loader):
+    batches = [module.on_after_batch_transfer(batch, 0) for batch in loader]
+    assert all(isinstance(batch, tuple) for batch in batches)
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+class TestImageFolders:
+    def test_all_modes_and_sizes_are_timms(self, folders):
+        module = make(folders, val_split="val")
+        assert module.class_names == ["cat", "dog"]
+        assert module.num_classes == 2
+        images, labels = read(module, module.train_dataloader())
+        files = sorted((folders / "train" / "cat").iterdir()) + sorted((folders / "train" / "dog").iterdir())
+        expected = torch.stack([create_transform(**CONFIG)(Image.open(file).convert("RGB")) for file in files])
+        assert torch.equal(images, expected)
+        assert labels.tolist() == [0] * 6 + [1] * 6
+        assert labels.dtype == torch.int64
+        assert len(read(module, module.val_dataloader())[0]) == 4
+        assert len(read(module, module.test_dataloader())[0]) == 6
+
+    def test_split_not_found(self, folders):
+        with pytest.raises(ValueError, match=r"no split 'dev'.*test, train, val"):
+            make(folders, test_split="dev")
+
+    def test_class_unknown_to_the_training_split(self, folders):
+        (folders / "test" / "emu").mkdir()
+        make_image(0).save(folders / "test" / "emu" / "0.png")
+        with pytest.raises(ValueError, match=r"do not occur in 'train': emu"):
+            make(folders)
+
+    def test_class_without_test_images(self, folders):
+        for file in (folders / "test" / "cat").iterdir():
+            file.unlink()
+        (folders / "test" / "cat").rmdir()
+        _, labels = read(module := make(folders), module.test_dataloader())
+        assert labels.tolist() == [1, 1, 1]
+
+    def test_no_class_folders(self, tmp_path):
+        (tmp_path / "flat" / "train" / "cat").mkdir(parents=True)
+        with pytest.raises(ValueError, match="one folder of images a class"):
+            make(tmp_path / "flat", test_split=None)
+
+    def test_options_of_other_sources(self, folders):
+        for option in ("name", "image_column", "label_column", "root"):
+            with pytest.raises(ValueError, match=f"{option}='x' means nothing"):
+                make(folders, **{option: "x"})
+
+    def test_deep_images_are_refused(self, folders):
+        Image.new("I;16", (20, 20)).save(folders / "train" / "cat" / "0000.png")
+        module = make(folders)
+        with pytest.raises(ValueError, match="more than 8 bits"):
+            next(iter(module.train_dataloader()))
+
+
+class TestParquet:
+    def test_folder(self, layout):
+        module = make(layout)
+        images, labels = read(module, module.train_dataloader())
+        expected = torch.stack([create_transform(**CONFIG)(make_image(i)) for i in range(20)])
+        torch.testing.assert_close(images, expected)
+        assert labels.tolist() == [0, 1] * 10
+        assert module.class_names == ["a", "b"]
+        assert len(module.test_dataloader().dataset) == 10
+
+    def test_file_with_slices(self, layout):
+        file = layout / "data" / "train-00000-of-00001.parquet"
+        module = make(file, train_split="train[:80%]", val_split="train[80%:]", test_split=None)
+        assert len(module.train_dataloader().dataset) == 16
+        assert len(module.val_dataloader().dataset) == 4
+        with pytest.raises(ValueError, match="test_split=None"):
+            module.test_dataloader()
+
+    def test_split_not_found(self, layout):
+        with pytest.raises(ValueError, match=r"no split 'validation'. Its splits: (train, test|test, train)"):
+            make(layout, val_split="validation")
+
+    def test_malformed_slice_is_datasets_own_error(self, layout):
+        with pytest.raises(ValueError, match="nrecognized"):
+            make(layout, train_split="train[:80%")
+
+    def test_file_without_the_hubs_metadata(self, tmp_path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffers = []
+        for i in range(4):
+            make_image(i).save(tmp_path / "image.png")
+            buffers.append((tmp_path / "image.png").read_bytes())
+        table = pa.table({"image": [{"bytes": b, "path": None} for b in buffers], "label": ["x", "y", "x", "y"]})
+        pq.write_table(table, tmp_path / "plain.parquet")
+        module = make(tmp_path / "plain.parquet", test_split=None)
+        images, labels = read(module, module.train_dataloader())
+        torch.testing.assert_close(images[3], create_transform(**CONFIG)(make_image(3)))
+        assert labels.tolist() == [0, 1, 0, 1]
+        assert module.class_names == ["x", "y"]
+
+    def test_plain_integers(self, tmp_path):
+        module = make(write_layout(tmp_path / "ints", names=None))
+        assert module.class_names == ["0", "1"]
+
+    def test_fine_labels_of_cifar100(self, tmp_path):
+        fine = [f"{i % 4}" for i in range(20)]
+        root = write_layout(tmp_path / "c", label="coarse_label", names=("p", "q"), fine_label=fine)
+        assert make(root).num_classes == 4
+        assert make(root, label_column="coarse_label").class_names == ["p", "q"]
+
+    def test_columns_by_type(self, tmp_path):
+        assert make(write_layout(tmp_path / "c", image="scan", label="finding")).num_classes == 2
+
+    def test_ambiguous_columns(self, tmp_path):
+        root = write_layout(tmp_path / "c", labels=list(range(20)))
+        with pytest.raises(ValueError, match=r"label and labels could all be meant: set label_column.*img \(Image\)"):
+            make(root)
+        assert make(root, label_column="label").num_classes == 2
+
+    def test_column_not_found(self, layout):
+        with pytest.raises(ValueError, match=r"label_column='y' is no column.*img \(Image\), label \(ClassLabel\)"):
+            make(layout, label_column="y")
+        with pytest.raises(ValueError, match="image_column='x' is no column"):
+            make(layout, image_column="x")
+
+    def test_column_of_another_type(self, tmp_path):
+        root = write_layout(tmp_path / "c", weight=[0.5] * 20)
+        with pytest.raises(ValueError, match="holds double, expected integers or strings"):
+            make(root, label_column="weight")
+        with pytest.raises(ValueError, match="cannot be read as images"):
+            make(root, image_column="weight")
+
+    def test_missing_label(self, tmp_path):
+        root = write_layout(tmp_path / "c", names=None, kind=["x", None] * 10)
+        with pytest.raises(ValueError, match="10 of 20 rows have no label"):
+            make(root, label_column="kind")
+
+    def test_rows_are_not_copied(self, layout):
+        module = make(layout)
+        assert module._rows["train"].images.cache_files  # memory-mapped
+        assert len(pickle.dumps(module.train_dataloader().dataset)) < 20_000
+
+
+class TestOtherPaths:
+    def test_unreachable_hub(self, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match=r"--data\.path=DIR"):
+            make("no-such-user/no-such-images")
+
+    def test_no_such_folder(self):
+        with pytest.raises(FileNotFoundError, match="is not there"):
+            make("./no/such/folder")
+
+    def test_file_of_an_unknown_kind(self, tmp_path):
+        (tmp_path / "images.zip").write_bytes(b"x")
+        with pytest.raises(ValueError, match=r"ends in \.parquet"):
+            make(tmp_path / "images.zip")
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=r"neither \.parquet files nor folders"):
+            make(tmp_path)
+
+    def test_torchvision(self, tmp_path, monkeypatch):
+        import hashlib
+
+        from torchvision.datasets import CIFAR10
+
+        folder = tmp_path / CIFAR10.base_folder
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+
+        def write(name, content):
+            data = pickle.dumps(content)
+            (folder / name).write_bytes(data)
+            return name, hashlib.md5(data).hexdigest()
+
+        def rows(count):
+            return {
+                "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+                "labels": [i % 3 for i in range(count)],
+            }
+
+        monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", rows(9))])
+        monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", rows(6))])
+        meta = write("batches.meta", {"label_names": ["a", "b", "c"]})
+        monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+
+        module = make("torchvision:CIFAR10", root=str(tmp_path))
+        images, labels = read(module, module.train_dataloader())
+        assert images.shape == (9, 3, 24, 24)
+        assert labels.tolist() == [0, 1, 2] * 3
+        assert module.class_names == ["a", "b", "c"]
+        with pytest.raises(ValueError, match="no split 'val'"):
+            make("torchvision:CIFAR10", root=str(tmp_path), val_split="val")
+        module = ImageDataModule("torchvision:CIFAR10", root=str(tmp_path / "empty"), data_config=CONFIG)
+        with pytest.raises(FileNotFoundError, match=r"prepare_data\(\)"):
+            module.setup()
+
+    def test_torchvision_needs_root_and_a_train_argument(self, tmp_path):
+        with pytest.raises(ValueError, match=r"--data\.root=DIR"):
+            make("torchvision:CIFAR10")
+        for name in ("SVHN", "Nothing"):
+            with pytest.raises(ValueError, match="CIFAR10, CIFAR100"):
+                make(f"torchvision:{name}", root=str(tmp_path))
+
+
+class TestDeviceTransform:
+    def test_small_images_of_one_size_are_resized_on_the_device(self, layout):
+        module = make(layout)
+        images, _ = next(iter(module.train_dataloader()))
+        assert images.dtype == torch.uint8
+        assert images.shape == (20, 3, 16, 16)
+        by_device, _ = read(module, module.train_dataloader())
+        by_workers, _ = read(other := make(layout, device_transform=False), other.train_dataloader())
+        assert next(iter(other.train_dataloader()))[0].dtype == torch.float32
+        torch.testing.assert_close(by_device, by_workers)
+
+    @pytest.mark.parametrize("options", [{"interpolation": "nearest"}, {"crop_pct": 1.5}])
+    def test_automatic_leaves_the_rest_to_timm(self, layout, options):
+        assert next(iter(make(layout, **options).train_dataloader()))[0].dtype == torch.float32
+
+    def test_automatic_leaves_large_images_to_timm(self, tmp_path):
+        root = write_layout(tmp_path / "large", size=(130, 40))
+        assert next(iter(make(root).train_dataloader()))[0].dtype == torch.float32
+        assert next(iter(make(root, device_transform=True).train_dataloader()))[0].dtype == torch.uint8
+
+    def test_another_size_is_an_error(self, tmp_path):
+        root = tmp_path / "mixed"
+        (root / "train" / "cat").mkdir(parents=True)
+        for i in range(200):
+            make_image(0, (16, 17) if i == 100 else (16, 16)).save(root / "train" / "cat" / f"{i:03}.png")
+        module = make(root, test_split=None)
+        with pytest.raises(ValueError, match=r"16x17 pixels.*device_transform=False"):
+            list(module.train_dataloader())
+
+    def test_set_but_impossible(self, folders, layout):
+        with pytest.raises(ValueError, match="needs images of one size, found"):
+            make(folders, device_transform=True)
+        with pytest.raises(ValueError, match="nearest"):
+            make(layout, device_transform=True, interpolation="nearest")
+
+
+class TestFewShot:
+    def test_limit_and_seed(self, layout):
+        _, labels = read(module := make(layout, limit_per_class=3), module.train_dataloader())
+        assert torch.bincount(labels).tolist() == [3, 3]
+        same = make(layout, limit_per_class=3).train_dataloader().dataset.indices
+        other = make(layout, limit_per_class=3, seed=1).train_dataloader().dataset.indices
+        assert np.array_equal(module.train_dataloader().dataset.indices, same)
+        assert not np.array_equal(same, other)
+        assert len(module.test_dataloader().dataset) == 10
+
+    def test_short_classes_are_named_once(self, layout):
+        module = ImageDataModule(str(layout), limit_per_class=11, data_config=CONFIG)
+        with pytest.warns(UserWarning, match=r"fewer images.*a \(10\), b \(10\)"):
+            module.setup("fit")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module.setup("test")
+        assert len(module.train_dataloader().dataset) == 20
+
+    def test_enough_images_warn_of_nothing(self, layout):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            make(layout, limit_per_class=10)
+
+    def test_chooses_without_decoding(self, layout, monkeypatch):
+        monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
+        assert len(make(layout, limit_per_class=2, device_transform=False).train_dataloader().dataset) == 4
+
+
+class TestLoaders:
+    def test_train_is_in_order_and_whole(self, layout):
+        first, _ = read(module := make(layout, batch_size=8), module.train_dataloader())
+        second, _ = read(module, module.train_dataloader())
+        assert torch.equal(first, second)
+        assert len(first) == 20
+
+    def test_shuffle_is_seeded_and_for_train_only(self, layout):
+        def order(**options):
+            return read(module := make(layout, shuffle=True, **options), module.train_dataloader())[0]
+
+        assert torch.equal(order(), order())
+        assert not torch.equal(order(), order(seed=1))
+        assert not torch.equal(order(), read(module := make(layout), module.train_dataloader())[0])
+        module = make(layout, shuffle=True)
+        loader = module.train_dataloader()
+        assert not torch.equal(read(module, loader)[0], read(module, loader)[0])
+        assert torch.equal(read(module, module.test_dataloader())[0], read(module, module.test_dataloader())[0])
+
+    def test_augment_is_for_train_only(self, layout):
+        module = make(layout, augment={"scale": [0.2, 0.5]})
+        assert next(iter(module.train_dataloader()))[0].dtype == torch.float32
+        assert not torch.equal(read(module, module.train_dataloader())[0], read(module, module.train_dataloader())[0])
+        assert next(iter(module.test_dataloader()))[0].dtype == torch.uint8
+
+    def test_batch_sizes(self, layout):
+        module = make(layout, batch_size=6, eval_batch_size=10)
+        assert [len(labels) for _, labels in module.train_dataloader()] == [6, 6, 6, 2]
+        assert [len(labels) for _, labels in module.test_dataloader()] == [10]
+        assert [len(labels) for _, labels in module.predict_dataloader()] == [10]
+        assert len(list(make(layout, batch_size=4).test_dataloader())) == 3
+
+    @pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+    def test_workers(self, layout, context, workers):
+        expected = read(module := make(layout, batch_size=6), module.train_dataloader())
+        module = make(layout, batch_size=6, num_workers=workers, persistent_workers=True)
+        loader = module.train_dataloader()
+        loader.multiprocessing_context = context
+        for _ in range(2):
+            given = read(module, loader)
+            assert torch.equal(given[0], expected[0])
+            assert torch.equal(given[1], expected[1])
+
+    def test_no_validation(self, layout):
+        assert make(layout).val_dataloader() == []
+
+    def test_evaluation_only(self, layout):
+        module = make(layout, train_split=None)
+        assert len(module.test_dataloader().dataset) == 10
+        with pytest.raises(ValueError, match="train_split=None"):
+            module.train_dataloader()
+
+    def test_before_setup(self, layout):
+        module = ImageDataModule(str(layout), data_config=CONFIG)
+        with pytest.raises(RuntimeError, match="setup"):
+            module.train_dataloader()
+        with pytest.raises(RuntimeError, match="setup"):
+            _ = module.num_classes
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"batch_size": 0},
+            {"eval_batch_size": 0},
+            {"limit_per_class": 0},
+            {"seed": -1},
+            {"persistent_workers": True},
+            {"train_split": None, "test_split": None},
+        ],
+    )
+    def test_impossible_options(self, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ImageDataModule("x", **options)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.data_config = {**CONFIG, "input_size": (3, size, size)}
+
+
+class Classifier(LightningModule):
+    def __init__(self, size=24):
+        super().__init__()
+        self.encoder = Encoder(size)
+        self.layer = torch.nn.LazyLinear(2)
+        self.layer(torch.zeros(1, 3 * size * size))
+        self.seen = []
+
+    def training_step(self, batch):
+        images, labels = batch
+        self.seen.append(images.detach())
+        return torch.nn.functional.cross_entropy(self.layer(images.flatten(1)), labels)
+
+    test_step = validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def make_trainer(tmp_path):
+    return Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+
+
+class TestTrainer:
+    def test_takes_the_running_encoders_configuration(self, layout, tmp_path):
+        data = ImageDataModule(str(layout), batch_size=8)
+        for size in (24, 32):  # the second module is another one
+            module = Classifier(size)
+            trainer = make_trainer(tmp_path)
+            trainer.fit(module, datamodule=data)
+            trainer.test(module, datamodule=data, verbose=False)
+            seen = torch.cat(module.seen)
+            assert seen.shape == (30, 3, size, size)
+            expected = create_transform(**module.encoder.data_config)(make_image(0))
+            torch.testing.assert_close(seen[0], expected)
+
+    def test_argument_wins(self, layout, tmp_path):
+        module = Classifier(24)
+        module.encoder.data_config = None
+        make_trainer(tmp_path).fit(module, datamodule=ImageDataModule(str(layout), data_config=CONFIG))
+        assert module.seen[0].shape[-1] == 24
+
+    def test_no_configuration_at_all(self, layout, tmp_path):
+        module = Classifier()
+        del module.encoder
+        with pytest.raises(ValueError, match="Pass data_config="):
+            make_trainer(tmp_path).fit(module, datamodule=ImageDataModule(str(layout)))
+        with pytest.raises(ValueError, match="Pass data_config="):
+            make(layout, data_config=None)
+
+    def test_logs_no_hyperparameters(self, layout):
+        assert not ImageDataModule(str(layout)).hparams
+
+
+class TestDigits:
+    def test_splits_are_other_writers(self):
+        from sklearn.datasets import load_digits
+
+        data = DigitsDataModule(data_config=CONFIG, interpolation="bilinear", batch_size=256)
+        data.setup()
+        target = load_digits().target
+        _, train = read(data, data.train_dataloader())
+        images, test = read(data, data.test_dataloader())
+        assert train.tolist() == target[:-500].tolist()
+        assert test.tolist() == target[-500:].tolist()
+        assert data.class_names == [str(i) for i in range(10)]
+        pixels = np.round(load_digits().images[-500] * 255 / 16).astype(np.uint8)
+        expected = create_transform(**{**CONFIG, "interpolation": "bilinear"})(Image.fromarray(pixels).convert("RGB"))
+        torch.testing.assert_close(images[0], expected)
+        assert data.val_dataloader() == []
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+class TestSharedData:
+    @pytest.mark.parametrize(
+        ("name", "options", "classes", "on_device"),
+        [
+            ("cifar10-small", {}, 10, True),
+            ("caltech101-fewshot", {}, 100, False),
+            ("omniglot-small", {}, 242, True),
+            ("mini-imagenet", {"train_split": None}, None, True),
+        ],
+    )
+    def test_reads(self, name, options, classes, on_device):
+        data = make(SHARED / name, batch_size=8, **options)
+        if classes is not None:
+            assert data.num_classes == classes
+        images, labels = next(iter(data.test_dataloader()))
+        assert (images.dtype == torch.uint8) == on_device
+        assert data.on_after_batch_transfer((images, labels), 0)[0].shape == (8, 3, 24, 24)
+
+    def test_cifar_names(self):
+        assert make(SHARED / "cifar10-small").class_names[:3] == ["airplane", "automobile", "bird"]
+
+
+def test_import_is_light():
+    code = (
+        "import sys, lightning_faast.data as data; assert 'DigitsDataModule' in dir(data);"
+        "data.ImageDataModule, data.DigitsDataModule;"
+        "heavy = {'datasets', 'timm', 'sklearn.datasets'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_missing_library_names_the_extra(monkeypatch, layout):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "lightning-faast\[vision\]"'):
+        ImageDataModule(str(layout), data_config=CONFIG).prepare_data()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"sklearn.*lightning-faast\[quickstart\]"):
+        DigitsDataModule(data_config=CONFIG).setup()
