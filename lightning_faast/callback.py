@@ -139,10 +139,6 @@ class FaastCallback(Callback):
         self._forget()
         self._refuse_what_cannot_work(trainer, pl_module)
         several = distributed.check_strategy(trainer.strategy)
-        if self.head is not None:
-            self._use_head(pl_module, self.head, named_head(pl_module, self.head))
-        elif (declared := declared_head(pl_module)) is not None:
-            self._use_head(pl_module, *declared)
         self._first_epoch = trainer.current_epoch
         changed = takeover.forward_only(self._takeover, trainer, pl_module, self.epochs, self._step)
         self._takeover.set(pl_module, "log", self._drop_training_logs(trainer, pl_module.log))
@@ -166,16 +162,16 @@ class FaastCallback(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on the weights; find a head that was built in ``setup`` or ``configure_model``."""
+        """Agree on the weights; find the head, which may have been built in ``setup`` or ``configure_model``."""
         if trainer.world_size > 1:
             distributed.broadcast_module(pl_module)
-        if self._module is not None and self._name is not None:
-            self._use_head(pl_module, self._name, pl_module.get_submodule(self._name))
+        if self.head is not None:
+            self._use_head(pl_module, self.head, named_head(pl_module, self.head))
+        elif (declared := declared_head(pl_module)) is not None:
+            self._use_head(pl_module, *declared)
 
     def _use_head(self, pl_module: LightningModule, name: str, head: nn.Module) -> None:
         """Settle on a head, and on what learns it: itself, or fast weights beside an nn.Linear."""
-        if head is self._module:
-            return
         check_head(pl_module, name, head)
         if isinstance(head, FastWeights):
             if self._options:
@@ -189,8 +185,6 @@ class FaastCallback(Callback):
             self._learner = FastWeights(
                 head.in_features, head.out_features, bias=head.bias is not None, **self._options
             )
-        if self._capture is not None:
-            self._capture.remove()
         self._name, self._module = name, head
         self._capture = KeyCapture(name, head)
 

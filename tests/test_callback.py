@@ -116,9 +116,12 @@ def test_everything_is_given_back_and_the_module_fine_tunes(tmp_path: Path, pl: 
     assert module.seen_in_training_mode
 
 
-def test_dict_batches_head_in_setup_onecycle(tmp_path: Path, pl: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("head", [None, "classifier.2"])
+def test_dict_batches_head_in_setup_onecycle(
+    tmp_path: Path, pl: ModuleType, caplog: pytest.LogCaptureFixture, head: str | None
+) -> None:
     module = projects.dict_batches(pl)()
-    callback = FaastCallback()
+    callback = FaastCallback(head=head)
     train = DataLoader(DictDataset(), batch_size=16, shuffle=True)
     val = DataLoader(DictDataset(seed=1), batch_size=16)
     trainer = trainer_in(
@@ -127,7 +130,7 @@ def test_dict_batches_head_in_setup_onecycle(tmp_path: Path, pl: ModuleType, cap
     )  # fmt: skip
     with caplog.at_level("INFO"):
         trainer.fit(module, train, val)
-    assert "the head is 'classifier.2'" in caplog.text
+    assert ("the head is 'classifier.2'" in caplog.text) == (head is None)
     inputs, labels = examples()
     weight, _ = expected(keys_of(nn.Sequential(module.encoder, module.classifier[:2]), inputs), labels)
     torch.testing.assert_close(module.classifier[2].weight.data, weight, rtol=1e-3, atol=1e-4)
