@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_faast import distributed, takeover
+from lightning_faast import distributed, reporting, takeover
 from lightning_faast.associative import FastWeights, Regularization, Solution
 from lightning_faast.capture import KeyCapture, LastLinear, check_head, declared_head, find_target, named_head
 
@@ -137,6 +137,7 @@ class FaastCallback(Callback):
         if stage != "fit":
             return
         self._forget()
+        self._restored = None
         self._refuse_what_cannot_work(trainer, pl_module)
         several = distributed.check_strategy(trainer.strategy)
         self._first_epoch = trainer.current_epoch
@@ -151,14 +152,15 @@ class FaastCallback(Callback):
     def _refuse_what_cannot_work(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"{type(pl_module).__name__} uses manual optimization: its training_step steps optimizers itself, which "
-                "a pass without gradients cannot run. Set automatic_optimization = True, or fit without FaastCallback."
+                f"{type(pl_module).__name__} uses manual optimization: its training_step steps optimizers itself, "
+                "which a pass without gradients cannot run. Set automatic_optimization = True, or fit "
+                "without FaastCallback."
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if any(c.__name__ in _INCOMPATIBLE for c in type(callback).__mro__):
                 raise ValueError(
-                    f"{type(callback).__name__} cannot work beside FaastCallback: it changes weights too. Leave it out of "
-                    "this fit; it may join a later one that fine-tunes."
+                    f"{type(callback).__name__} cannot work beside FaastCallback: it changes weights too. Leave it out "
+                    "of this fit; it may join a later one that fine-tunes."
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,9 +194,9 @@ class FaastCallback(Callback):
         bad = {name: value for name, value in self._options.items() if name in _NOT_LINEAR}
         if bad:
             raise ValueError(
-                f"{', '.join(bad)}: an nn.Linear head cannot hold this, since it is not linear in the key alone. Make the "
-                f"head a FastWeights, self.head = FastWeights(in_features, out_features, {_written(bad)}), and leave the "
-                "options of FaastCallback empty."
+                f"{', '.join(bad)}: an nn.Linear head cannot hold this, since it is not linear in the key alone. Make "
+                f"the head a FastWeights, self.head = FastWeights(in_features, out_features, {_written(bad)}), and "
+                "leave the options of FaastCallback empty."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,7 +209,7 @@ class FaastCallback(Callback):
         if going_on:
             self._check_resumable(trainer, loader)
         self._eval_mode = takeover.EvalMode(pl_module)
-        self._stopwatch = _Stopwatch(pl_module.device)
+        self._stopwatch = reporting.Stopwatch(pl_module.device)
         self._started = time.perf_counter()
         self._rows = 0
         if going_on and self._learner is not None:
@@ -234,7 +236,7 @@ class FaastCallback(Callback):
         if trainer.is_global_zero:
             self._learner.load_learned_state(self._restored["statistics"])
         if takeover.restarted_mid_epoch(trainer):
-            self._counter._local = self._restored["local_rows"]
+            self._counter.local_rows = self._restored["local_rows"]
         self._restored = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,7 +343,7 @@ class FaastCallback(Callback):
         solve = time.perf_counter() - start
         self._solved = True
         takeover.count_one_step(trainer)
-        self.metrics = self._figures(seen, max(encode - statistics, 0.0), statistics, solve)
+        self.metrics = reporting.figures(self.solution, learner, seen, encode - statistics, statistics, solve)
         if trainer.world_size > 1 and not trainer.is_global_zero:
             learner.reset()  # the sums of all processes live on rank 0; kept here too, they would be counted again
         self._report(trainer)
@@ -365,47 +367,11 @@ class FaastCallback(Callback):
 
     # ------------------------------------------------------------------ reporting
 
-    def _figures(self, rows: int, encode: float, statistics: float, solve: float) -> dict[str, float]:
-        s, learner = self.solution, self._learner
-        assert s is not None
-        assert learner is not None
-        figures = {
-            "rows": rows,
-            "key_width": s.weight.shape[1],
-            "outputs": s.weight.shape[0],
-            "effective_rank": s.effective_rank,
-            "ridge" if s.regularization.kind == "ridge" else "tolerance": s.regularization.value,
-            "at_edge": s.regularization.at_edge,
-            "temperature": s.temperature,
-            "r_squared": s.r_squared,
-            "rounding_bound": s.error_bound,
-            "seconds_encode": encode,
-            "seconds_statistics": statistics,
-            "seconds_solve": solve,
-            "bytes_to_update": learner.bytes_to_update,
-            "bytes_to_predict": learner.bytes_to_predict,
-        }
-        if s.leave_one_out_accuracy is not None:
-            figures["leave_one_out_accuracy"] = s.leave_one_out_accuracy
-        if s.leave_one_out_loss is not None:
-            figures["leave_one_out_loss"] = s.leave_one_out_loss
-        return {f"faast/{name}": float(value) for name, value in figures.items()}
-
     def _report(self, trainer: Trainer) -> None:
-        m, s = {name[len("faast/") :]: value for name, value in self.metrics.items()}, self.solution
-        assert s is not None
-        accuracy = m.get("leave_one_out_accuracy")
-        of = f" of {self._counter.length:,}" if self._counter.length is not None and self.epochs == 1 else ""
-        parts = [
-            f"{int(m['rows']):,}{of} rows, d {int(m['key_width'])}, c {int(m['outputs'])}",
-            f"{s.readout}, {s.regularization}, effective rank {s.effective_rank:.0f}",
-            f"leave-one-out accuracy {'n/a' if accuracy is None else f'{accuracy:.3f}'}",
-            f"{m['seconds_encode']:.1f} s encoder, {m['seconds_statistics']:.2f} s statistics, "
-            f"{m['seconds_solve']:.2f} s solve",
-            f"{m['bytes_to_update'] / 1e6:.1f} MB of state on {self._stopwatch.device}",
-        ]
-        rank_zero_info("FAAST: " + "; ".join(parts) + ".")
-        if s.below_floor:
+        assert self.solution is not None
+        expected = self._counter.length if self.epochs == 1 else None
+        rank_zero_info(reporting.closing_line(self.solution, self.metrics, expected, self._stopwatch.device))
+        if self.solution.below_floor:
             rank_zero_warn(
                 "The truncation threshold lies under the rounding floor of the statistics: the floor decided instead."
             )
@@ -423,9 +389,9 @@ class FaastCallback(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if getattr(callback, "monitor", None) in (name, f"{name}_step", f"{name}_epoch"):
                     raise ValueError(
-                        f"{type(callback).__name__} monitors {callback.monitor!r}, which training_step logs. During the "
-                        "pass it would describe the unsolved head, so it is not recorded. Monitor a validation metric, "
-                        "or faast/leave_one_out_accuracy."
+                        f"{type(callback).__name__} monitors {callback.monitor!r}, which training_step logs. During "
+                        "the pass it would describe the unsolved head, so it is not recorded. Monitor a validation "
+                        "metric, or faast/leave_one_out_accuracy."
                     )
 
         return dropping
@@ -444,8 +410,10 @@ class FaastCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where nothing was solved."""
-        complete = self._restored is not None and self._restored["solved"]
-        if self._solved or complete:
+        if self._solved:
+            return
+        if self._restored is not None and self._restored["solved"]:
+            rank_zero_info("FAAST: the pass of this checkpoint was complete; the head is the one it holds.")
             return
         raise RuntimeError(
             "fit ended without a solve: no training batch was run. Check that the train loader is not empty and "
@@ -474,7 +442,7 @@ class FaastCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives; with ``save_statistics`` the sums of all processes as well. Called on every rank."""
-        state: dict[str, Any] = {"solved": self._solved, "local_rows": self._counter._local}
+        state: dict[str, Any] = {"solved": self._solved, "local_rows": self._counter.local_rows}
         if self.save_statistics and self._learner is not None:
             learner = FastWeights(self._learner.in_features, self._learner.out_features, **self._reservoir_options())
             learner.load_learned_state(self._learner.learned_state())
@@ -498,34 +466,3 @@ def _merge_processes(learner: FastWeights, device: torch.device) -> None:
 
 def _written(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items())
-
-
-class _Stopwatch:
-    """Seconds spent in a block, added up; by events on CUDA, so that nobody waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        if self.device.type == "cuda":
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            self._events.append(pair)
-        else:
-            self._start = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.device.type == "cuda":
-            self._events[-1][1].record()
-        else:
-            self._seconds += time.perf_counter() - self._start
-
-    def seconds(self) -> float:
-        """So far; waits for the device."""
-        if self._events:
-            torch.cuda.synchronize(self.device)
-            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-            self._events.clear()
-        return self._seconds

@@ -69,9 +69,9 @@ def check_head(module: nn.Module, name: str, head: nn.Module) -> None:
         )
     sharing = [n for n, p in module.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(sharing) > 1:
+        others = ", ".join(n for n in sharing if n != f"{name}.weight")
         raise ValueError(
-            f"head {name!r} shares its weight with {', '.join(n for n in sharing if n != f'{name}.weight')}: solving it "
-            "would change both. Untie them first."
+            f"head {name!r} shares its weight with {others}: solving it would change both. Untie them first."
         )
 
 
@@ -155,8 +155,8 @@ class KeyCapture:
         inputs, self._inputs = self._inputs, []
         if len(inputs) != 1:
             raise RuntimeError(
-                f"head {self.name!r} ran {len(inputs)} times in one training_step; it must run exactly once a batch, so "
-                "that each row is counted once."
+                f"head {self.name!r} ran {len(inputs)} times in one training_step; it must run exactly once a batch, "
+                "so that each row is counted once."
             )
         return inputs[0]
 
@@ -203,7 +203,9 @@ def find_target(batch: Any, target: int | str | Callable[[Any], Tensor] | None) 
             "FaastCallback(target=INDEX, KEY or a callable)."
         )
     if not isinstance(found, Tensor):
-        raise ValueError(f"The target must be a tensor, got {type(found).__name__} from a batch of {_described(batch)}.")
+        raise ValueError(
+            f"The target must be a tensor, got {type(found).__name__} from a batch of {_described(batch)}."
+        )
     return found
 
 

@@ -26,7 +26,7 @@ class RowCounter:
         self.world_size = world_size
         self.rank = rank
         self.length = length
-        self._local = 0
+        self.local_rows = 0
 
     @classmethod
     def for_loader(cls, loader: Any, world_size: int, rank: int) -> RowCounter:
@@ -44,7 +44,7 @@ class RowCounter:
                 f"The training data are an IterableDataset ({type(dataset).__name__}), which {world_size} processes do "
                 "not share out: rows would be counted several times. Use one process, or a map-style data set."
             )
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+        sampler: Any = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         if not _shares_out(sampler):
             raise ValueError(
                 f"The training sampler is a {type(sampler).__name__}: with {world_size} processes its rows cannot be "
@@ -55,12 +55,12 @@ class RowCounter:
 
     def start_epoch(self) -> None:
         """Begin again at the first row."""
-        self._local = 0
+        self.local_rows = 0
 
     def positions(self, rows: int) -> Tensor:
         """Positions [rows] int64 of the next rows of this process; repetitions are at ``length`` or above."""
-        local = torch.arange(self._local, self._local + rows)
-        self._local += rows
+        local = torch.arange(self.local_rows, self.local_rows + rows)
+        self.local_rows += rows
         return local * self.world_size + self.rank
 
     def keep(self, positions: Tensor) -> Tensor | None:
@@ -78,7 +78,7 @@ def _shares_out(sampler: Any) -> bool:
         return True
     if type(sampler).__name__ != "DistributedSamplerWrapper":
         return False
-    wrapped = getattr(sampler.dataset, "_sampler", None)  # without a seed, each process would draw its own order
+    wrapped: Any = getattr(sampler.dataset, "_sampler", None)  # without a seed, each process would draw its own order
     replaced = getattr(wrapped, "replacement", False)
     return type(wrapped) in (RandomSampler, SubsetRandomSampler) and not replaced and wrapped.generator is not None
 

@@ -160,6 +160,7 @@ def test_multi_hot_soft_and_regression_targets(tmp_path: Path, lightning: Module
         "one-hot": (F.one_hot(labels, CLASSES).float(), "discriminant"),
     }
     for name, (values, readout) in targets.items():
+
         class Net(lightning.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
@@ -216,7 +217,8 @@ def test_every_precision(tmp_path: Path, lightning: ModuleType, precision: str) 
     trainer.fit(module, loader(), loader(seed=1))
     assert trainer.callback_metrics["val_acc"] > 0.6
     assert trainer.checkpoint_callback.best_model_path
-    changed = differing({k: v.float() for k, v in before.items()}, {k: v.float() for k, v in module.state_dict().items()})
+    after = {name: value.to(before[name].dtype) for name, value in module.state_dict().items()}
+    changed = differing(before, after)
     assert {"net.fc.weight", "net.fc.bias"} <= changed
     if precision != "bf16-true":  # which rounds every parameter
         assert changed == {"net.fc.weight", "net.fc.bias"}
@@ -458,7 +460,8 @@ def test_refused_before_the_pass(
     [("normalize", True), ("class_embeddings", torch.eye(3)), ("prior_count", 5.0), ("zero_shot", torch.eye(3))],
 )
 def test_options_that_are_not_linear_are_refused_with_the_line_that_works(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: an nn.Linear head cannot.*FastWeights\(in_features, out_features, {name}="):
+    line = rf"FastWeights\(in_features, out_features, {name}="
+    with pytest.raises(ValueError, match=f"{name}: an nn.Linear head cannot.*{line}"):
         FaastCallback(**{name: value})
 
 
@@ -493,7 +496,7 @@ def test_sharded_strategies_are_refused(lightning: ModuleType, strategy: str) ->
 
     strategies = lightning.strategies
     instance = strategies.FSDPStrategy() if strategy == "fsdp" else object.__new__(strategies.DeepSpeedStrategy)
-    with pytest.raises(ValueError, match=f"does not support {type(instance).__name__}.*use strategy='auto' or 'ddp'|Use"):
+    with pytest.raises(ValueError, match=f"does not support {type(instance).__name__}.*Use strategy='auto' or 'ddp'"):
         check_strategy(instance)
 
 
@@ -506,9 +509,7 @@ def test_sharded_strategies_are_refused(lightning: ModuleType, strategy: str) ->
         (lambda x, y: (x, y.clamp(max=1)), "1 of 3 classes has no row: 2"),
     ],
 )
-def test_bad_data_is_refused_naming_the_batch(
-    tmp_path: Path, lightning: ModuleType, change: Any, message: str
-) -> None:
+def test_bad_data_is_refused_naming_the_batch(tmp_path: Path, lightning: ModuleType, change: Any, message: str) -> None:
     class NoLoss(projects.plain(lightning)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # a loss that itself accepts such labels
             return self(batch[0]).sum()
@@ -636,3 +637,16 @@ def test_private_names_of_lightning_still_exist(lightning: ModuleType) -> None:
 
     wrapper = DistributedSamplerWrapper(torch.utils.data.SubsetRandomSampler(range(4)), num_replicas=2, rank=0)
     assert isinstance(wrapper.dataset._sampler, torch.utils.data.SubsetRandomSampler)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_as_on_the_cpu(tmp_path: Path, lightning: ModuleType) -> None:
+    weights = []
+    for accelerator in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        module, callback = projects.plain(lightning)(), FaastCallback(head="net.fc")
+        trainer = trainer_in(tmp_path, lightning, callback, accelerator=accelerator, devices=1, precision="64-true")
+        trainer.fit(module, loader(), loader(seed=1))
+        weights.append(module.net["fc"].weight.data.cpu())
+        assert callback.metrics["faast/seconds_statistics"] > 0
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-8)

@@ -30,9 +30,7 @@ def test_killed_and_resumed(tmp_path: Path, processes: str) -> None:
         ("stateful", (), "holds no statistics"),
     ],
 )
-def test_what_cannot_go_on_is_refused(
-    tmp_path: Path, loader: str, options: tuple[str, ...], message: str
-) -> None:
+def test_what_cannot_go_on_is_refused(tmp_path: Path, loader: str, options: tuple[str, ...], message: str) -> None:
     fit(tmp_path / "killed", "--loader", loader, *options, "--die-after", "4")
     run = fit(tmp_path / "resumed", "--loader", loader, *options, "--ckpt-path", str(tmp_path / "killed.half.ckpt"))
     assert run.returncode != 0

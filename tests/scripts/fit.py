@@ -1,6 +1,6 @@
 """A user's script, started as real processes by tests/test_distributed.py and tests/test_resume.py.
 
-    python -m tests.scripts.fit --out FILE [--processes 2] [--rows 101] [--sampler weighted] ...
+python -m tests.scripts.fit --out FILE [--processes 2] [--rows 101] [--sampler weighted] ...
 """
 
 import argparse

