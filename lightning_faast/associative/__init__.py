@@ -1,6 +1,6 @@
 """The mathematics of fast weights in plain torch: no Lightning, usable and testable alone."""
 
-from lightning_faast.associative.fast_weights import FastWeights, Solution
+from lightning_faast.associative.fast_weights import FastWeights
 from lightning_faast.associative.files import load_statistics, save_statistics
 from lightning_faast.associative.readout import Discriminant, PairedDiscriminants, Regression
 from lightning_faast.associative.regularization import (
@@ -13,6 +13,7 @@ from lightning_faast.associative.regularization import (
     Truncation,
 )
 from lightning_faast.associative.reservoir import Reservoir
+from lightning_faast.associative.solution import Solution
 from lightning_faast.associative.spectrum import Spectrum
 from lightning_faast.associative.statistics import SufficientStatistics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,6 +27,9 @@ def save_statistics(statistics: SufficientStatistics, path: str | os.PathLike[st
     Returns:
         The path.
 
+    Raises:
+        OSError: Where the file cannot be written; what was there before is unchanged.
+
     Example:
         >>> import tempfile, torch
         >>> from lightning_faast.associative import SufficientStatistics, load_statistics, save_statistics
@@ -38,15 +41,20 @@ def save_statistics(statistics: SufficientStatistics, path: str | os.PathLike[st
     destination = Path(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
     state = {name: t.cpu().contiguous() for name, t in statistics.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-    os.close(handle)
+    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # as the umask has it; save_file's own can only be read by their owner
         save_file(state, temporary, metadata={"format": _FORMAT})
+        temporary.chmod(mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, destination)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{destination} could not be written: {error}. What was there before is unchanged.") from error
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return destination
 

@@ -7,6 +7,7 @@ would give each row had that row not been seen (:class:`LeaveOneOutScores`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,11 @@ from lightning_faast.associative.spectrum import Spectrum, as_dense
 #: Logit of a class without examples under ``empty_classes="mask"``: its probability is exactly 0 in every dtype, and
 #: unlike -inf it survives half precision, histograms and fine-tuning.
 MASKED_LOGIT = -1e4
+
+
+#: Denominators that are 0 where a fit passes through a row, or tells two classes apart without error. Below this they
+#: are rounding: a leave-one-out score is then undefined, and a scale is as good as any that is finite and positive.
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ class Readout(Protocol):
         """The solved map."""
         ...
 
+    @property
+    def error_bound(self) -> float:
+        """Bound on the relative error (Frobenius) of W that rounding of the sums can cause; infinite where unknown."""
+        ...
+
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """Scores of rows [R, d] that are among the training rows, each as if it had not been seen."""
         ...
@@ -74,6 +85,7 @@ class Regression:
 
     def __init__(self, spectrum: Spectrum, choice: Choice) -> None:
         self.spectrum = spectrum
+        self.choice = choice
         self.filter = choice.filter(spectrum)
         self._coefficients = self.filter[:, None] * spectrum.projected  # U^T W^T, [r, c]
 
@@ -82,6 +94,43 @@ class Regression:
         s = self.spectrum
         weight = (s.basis @ self._coefficients).T.contiguous()
         return LinearMap(weight, s.value_mean - weight @ s.key_mean, torch.zeros_like(s.value_mean))
+
+    @property
+    def error_bound(self) -> float:
+        r"""As in :class:`Readout`.
+
+        Rounding changes G by E and C by F, with :math:`\|E\| \le` floor and, as the values are not in the Gram's
+        scale, :math:`\|F\| \le \mathrm{floor} \sqrt{\mathrm{tr}(V^\top V)/\lambda_1}`. To first order a filter f
+        spreads E by its divided differences; between kept and dropped directions these are one over the gap.
+        """
+        s, kept = self.spectrum, int((self.filter > 0).sum())
+        size = float(self._coefficients.norm())
+        if not kept or not size:
+            return 0.0 if s.full else math.inf
+        eigenvalues = s.eigenvalues
+        smallest, largest = float(eigenvalues[kept - 1]), s.largest
+        rounding, cut = s.floor, math.hypot(float(s.projected[kept:].norm()), s.dropped)
+        values = rounding * math.sqrt(s.value_trace / largest) / size
+        if self.choice.kind == "ridge":
+            mu = self.choice.value
+            spread = rounding / (smallest + mu)
+            if not s.full:  # directions under the floor are in the exact solution, at most to this
+                spread = max(spread, rounding / mu)
+                lost = (s.dropped / mu + values * size / mu) / size
+            else:
+                lost = rounding / smallest if s.rank < len(s.basis) else 0.0  # the subspace may be turned
+            first_order = spread + lost + values / (smallest + mu)
+        else:
+            threshold = self.choice.value**2 * largest
+            if threshold < rounding and not s.full:
+                return math.inf  # eigenvalues that ought to be kept cannot be told from rounding
+            following = float(eigenvalues[kept]) if kept < s.rank else 0.0 if s.full else rounding
+            gap = smallest - following
+            if min(smallest - threshold, threshold - following if kept < s.rank else math.inf) < rounding:
+                return math.inf  # on which side of the threshold an eigenvalue lies cannot be told
+            spread = rounding * (1 / smallest + 1 / gap)
+            first_order = spread + rounding * cut / (smallest * gap * size) + values / smallest
+        return 2 * first_order / (1 - spread) if spread < 1 else math.inf
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """As in :class:`Readout`."""
@@ -92,7 +141,7 @@ class Regression:
         leverage = (x.square() * self.filter).sum(1, keepdim=True) + (1 / s.count if s.centered else 0.0)
         weights = weights.to(x)[:, None]
         remaining = 1 - weights * leverage
-        defined = remaining > 1e-9  # else the fit passes through the row whatever its value
+        defined = remaining > _TINY  # else the fit passes through the row whatever its value
         scores = (fitted - weights * leverage * dense) / torch.where(defined, remaining, 1.0)
         return LeaveOneOutScores(scores, torch.zeros_like(scores), values.to(x.device), weights * defined)
 
@@ -128,7 +177,7 @@ class Discriminant:
         safe = torch.where(self._present, counts, 1.0)
         self._means = spectrum.projected / safe  # [r, c], relative to the grand mean g
         within = torch.diag(spectrum.eigenvalues + mu) - (self._means * counts) @ self._means.T
-        self._precision = _inverse(within, mu)  # A = (S_w + mu I)^-1, [r, r]
+        self._precision = _inverse(within, mu, spectrum.floor)  # A = (S_w + mu I)^-1, [r, r]
         self._solved = self._precision @ self._means  # A m_c
         self._inner = self._means.T @ self._solved  # m_c^T A m_j, [c, c]
         self.shrinkage = self._estimate_shrinkage(n, mu) if shrink_means else 0.0
@@ -151,7 +200,13 @@ class Discriminant:
         weight = s.count * (s.basis @ (self._solved * shrink)).T.contiguous()
         bias = -0.5 * s.count * shrink.square() * self._inner.diagonal() - weight @ s.key_mean
         log_prior = _log_prior(self.counts, self.prior)
-        return LinearMap(weight, torch.where(self._present, bias, 0.0), log_prior)
+        shown = log_prior > MASKED_LOGIT
+        return LinearMap(below_average(weight.T, shown).T.contiguous(), below_average(bias, shown), log_prior)
+
+    @property
+    def error_bound(self) -> float:
+        """As in :class:`Readout`."""
+        return _metric_bound(self.spectrum, self._precision.norm(), self._solved)
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         r"""As in :class:`Readout`; mu, k and the class prior are those of the fit.
@@ -168,7 +223,7 @@ class Discriminant:
         rows = torch.arange(len(x), device=x.device)
         own = self.counts[labels]
         left = own - w
-        defined = left > 1e-9 * own
+        defined = left > _TINY * own
         left = torch.where(defined, left, 1.0)
         n_left = s.count - w
 
@@ -179,7 +234,9 @@ class Discriminant:
         u_a_m = x_a_m - own_inner
         u_a_x = x_a_x - x_a_own
         f = w * own / left
-        gain = f / (1 - f * (x_a_x - 2 * x_a_own + own_a_own))
+        remaining = 1 - f * (x_a_x - 2 * x_a_own + own_a_own)
+        defined = defined & (remaining > _TINY)
+        gain = f / torch.where(defined, remaining, 1.0)
 
         # The same products under A' = (S_w' + mu I)^-1.
         xm = x_a_m + (gain * u_a_x)[:, None] * u_a_m
@@ -198,9 +255,9 @@ class Discriminant:
         x_delta = (1 + shift) * (xm + shift * xx[:, None])
         delta_delta = mm + 2 * shift * xm + shift.square() * xx[:, None]
         scores = n_left[:, None] * (shrink * x_delta - 0.5 * shrink.square() * delta_delta)
-        scores = torch.where(self._present, scores, 0.0)
-        log_prior = _log_prior(self.counts, self.prior).expand_as(scores)
-        return LeaveOneOutScores(scores, log_prior, labels, (w * defined)[:, None])
+        log_prior = _log_prior(self.counts, self.prior)
+        scores = below_average(scores, log_prior > MASKED_LOGIT)
+        return LeaveOneOutScores(scores, log_prior.expand_as(scores), labels, (w * defined)[:, None])
 
 
 class PairedDiscriminants:
@@ -224,7 +281,7 @@ class PairedDiscriminants:
         self.spectrum = spectrum
         self.counts = counts
         self.prior = prior
-        self._present = (counts > 0) & (counts < spectrum.count)
+        self._present = varies(counts, spectrum.count)
         self._inverse = 1 / (spectrum.eigenvalues + choice.value)  # A in the basis
         self._ones_mean = spectrum.projected / torch.where(counts > 0, counts, 1.0)  # relative to the grand mean
         self._inner = (self._ones_mean.square() * self._inverse[:, None]).sum(0)  # m_1^T A m_1, [c]
@@ -233,14 +290,19 @@ class PairedDiscriminants:
         """The solved map."""
         s = self.spectrum
         ones, zeros = self.counts, s.count - self.counts
-        safe_zeros = torch.where(zeros > 0, zeros, 1.0)
+        safe_zeros = torch.where(self._present, zeros, 1.0)
         # n_1 m_1 + n_0 m_0 = 0 around the grand mean: delta = m_1 N / n_0, m_1 + m_0 = m_1 (1 - n_1 / n_0).
         ratio = s.count / safe_zeros
-        denominator = 1 - (ones * safe_zeros / s.count) * ratio.square() * self._inner
+        denominator = (1 - (ones * safe_zeros / s.count) * ratio.square() * self._inner).clamp(min=_TINY)
         scale = torch.where(self._present, s.count * ratio / denominator, 0.0)
         weight = (s.basis @ (self._inverse[:, None] * self._ones_mean * scale)).T.contiguous()
         bias = -0.5 * (1 - ones / safe_zeros) * scale * self._inner - weight @ s.key_mean
         return LinearMap(weight, bias, _log_odds(ones, zeros, self.prior))
+
+    @property
+    def error_bound(self) -> float:
+        """As in :class:`Readout`, of the direction of each row of W."""
+        return _metric_bound(self.spectrum, self._inverse.norm(), self._inverse[:, None] * self._ones_mean)
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """As in :class:`Readout`; mu and the prior are those of the fit."""
@@ -252,14 +314,16 @@ class PairedDiscriminants:
         # Without the row the total scatter is S_t - (w N / (N - w)) x x^T.
         x_a_x = (x.square() * self._inverse).sum(1, keepdim=True)
         f = w * n / n_left
-        gain = f / (1 - f * x_a_x)
+        remaining = 1 - f * x_a_x
+        defined = remaining > _TINY
+        gain = f / torch.where(defined, remaining, 1.0)
         x_a_m = (x * self._inverse) @ self._ones_mean
         xx = x_a_x + gain * x_a_x.square()
         xm = x_a_m + gain * x_a_x * x_a_m
         mm = self._inner + gain * x_a_m.square()
 
         n1, n0 = self.counts - w * ones, (n - self.counts) - w * ~ones
-        defined = (n1 > 1e-9) & (n0 > 1e-9)
+        defined = defined & (n1 > _TINY * n) & (n0 > _TINY * n)
         n1, n0 = torch.where(defined, n1, 1.0), torch.where(defined, n0, 1.0)
         # The means without the row, as combinations a m_1 + b x of the mean of ones and the row.
         a1 = torch.where(ones, self.counts / n1, 1.0)
@@ -274,20 +338,46 @@ class PairedDiscriminants:
         zero, one = torch.zeros_like(da), torch.ones_like(da)
         delta_delta = product(da, db, da, db)
         centre_delta = product(0.5 * (a1 + a0), 0.5 * (b1 + b0), da, db)
-        scale = n_left / (1 - (n1 * n0 / n_left) * delta_delta)
+        scale = n_left / (1 - (n1 * n0 / n_left) * delta_delta).clamp(min=_TINY)
         scores = torch.where(defined, scale * (product(zero, one, da, db) - centre_delta), 0.0)
         log_prior = _log_odds(self.counts, n - self.counts, self.prior).expand_as(scores)
         return LeaveOneOutScores(scores, log_prior, ones.to(x), w * defined)
 
 
-def _inverse(matrix: Tensor, mu: float) -> Tensor:
+def _inverse(matrix: Tensor, mu: float, floor: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
-        raise ValueError(
-            f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or "
-            "readout='regression'."
-        )
-    return torch.cholesky_inverse(factor)
+    if not int(info):
+        inverse = torch.cholesky_inverse(factor)
+        # Its norm is one over the smallest eigenvalue; under the rounding floor that is noise.
+        if float(inverse.norm()) * floor < 1:
+            return inverse
+    raise ValueError(
+        f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or readout='regression'."
+    )
+
+
+def _metric_bound(spectrum: Spectrum, precision_norm: Tensor, solved: Tensor) -> float:
+    """Bound of the relative error of A M, where A is an inverse of this norm and M the class means."""
+    size = float(solved.norm())
+    if not size:
+        return 0.0 if spectrum.full else math.inf
+    spread = spectrum.floor * float(precision_norm)
+    means = spectrum.floor * math.sqrt(spectrum.value_trace / spectrum.largest) * float(precision_norm) / size
+    return 2 * (spread + means) / (1 - spread) if spread < 1 else math.inf
+
+
+def varies(ones: Tensor, count: float | Tensor) -> Tensor:
+    """Which columns of 0/1 values hold both."""
+    return (ones > _TINY * count) & (ones < (1 - _TINY) * count)
+
+
+def below_average(scores: Tensor, shown: Tensor) -> Tensor:
+    """Scores [..., c] of masked classes replaced by the average of the others'.
+
+    With ``MASKED_LOGIT`` on top they are then never the highest, however large and negative the others are.
+    """
+    average = torch.where(shown, scores, 0.0).sum(-1, keepdim=True) / shown.sum()
+    return torch.where(shown, scores, average)
 
 
 def _as_labels(values: Tensor) -> Tensor:
@@ -299,10 +389,14 @@ def _log_prior(counts: Tensor, prior: Tensor | None) -> Tensor:
     if prior is None:
         prior = counts / counts.sum(-1, keepdim=True)
     log = torch.where(prior > 0, prior, 1.0).log().expand_as(counts)
-    return torch.where((counts > 0) & (prior > 0), log, MASKED_LOGIT)
+    shown = (counts > 0) & (prior > 0)
+    if not bool(shown.any()):
+        raise ValueError("prior gives all probability to classes without rows.")
+    return torch.where(shown, log, MASKED_LOGIT)
 
 
 def _log_odds(ones: Tensor, zeros: Tensor, prior: Tensor | None) -> Tensor:
-    if prior is not None:
-        return torch.logit(prior).clamp(MASKED_LOGIT, -MASKED_LOGIT).expand_as(ones)
-    return (ones / zeros).log().clamp(MASKED_LOGIT, -MASKED_LOGIT)
+    """Log odds of a one in each column; columns that hold only zeros or only ones are masked."""
+    odds = (ones / zeros).log() if prior is None else torch.logit(prior).clamp(MASKED_LOGIT, -MASKED_LOGIT)
+    masked = torch.where(ones > zeros, -MASKED_LOGIT, MASKED_LOGIT).to(odds)
+    return torch.where(varies(ones, ones + zeros), odds, masked)

@@ -89,7 +89,16 @@ class Ridge(Regularization):
             raise ValueError(f"mu must be a finite number, at least 0, got {self.mu}.")
 
     def choose(self, spectrum: Spectrum, evaluate: Callable[[Choice], float] | None = None) -> Choice:
-        """The given mu."""
+        """The given mu.
+
+        Raises:
+            ValueError: For mu = 0 where the Gram is singular.
+        """
+        if self.mu == 0 and spectrum.rank < spectrum.basis.shape[0]:
+            raise ValueError(
+                f"Ridge(0) on keys of rank {spectrum.rank} in {spectrum.basis.shape[0]} dimensions is singular: use a "
+                "ridge above 0, GCV(), or Truncation(1e-6) for the minimum-norm solution."
+            )
         return Choice("ridge", self.mu)
 
 
@@ -165,7 +174,16 @@ class GCV(Regularization):
             raise ValueError(f"fallback must be a finite number above 0, got {self.fallback}.")
 
     def choose(self, spectrum: Spectrum, evaluate: Callable[[Choice], float] | None = None) -> Choice:
-        """The grid point of lowest GCV."""
+        """The grid point of lowest GCV.
+
+        Raises:
+            ValueError: Where the weights sum to less than the number of directions they span.
+        """
+        if spectrum.rank + int(spectrum.centered) > spectrum.count + 0.5:
+            raise ValueError(
+                f"The weights sum to {spectrum.count:.3g}, fewer rows than the rank {spectrum.rank} of the keys: a "
+                "weight of k counts as k equal rows. Scale the weights so that they sum to the number of rows."
+            )
         if spectrum.rank == 0:  # every key is the same: only the mean can be fitted, at any ridge
             return Choice("ridge", 1.0, at_edge=True)
         grid = ridge_grid(spectrum)
@@ -179,7 +197,7 @@ class GCV(Regularization):
             return Choice("ridge", float(mu), grid=grid, scores=scores)
         if best == 0 and not spectrum.interpolates:
             return Choice("ridge", float(mu), at_edge=True, grid=grid, scores=scores)
-        fallback = self.fallback * float(spectrum.eigenvalues.mean())
+        fallback = max(self.fallback * float(spectrum.eigenvalues.mean()), float(grid[0]))
         return Choice("ridge", fallback, at_edge=True, grid=grid, scores=scores)
 
 
@@ -218,9 +236,10 @@ class LeaveOneOut(Regularization):
         if not scores.isfinite().any():
             raise ValueError("LeaveOneOut: the metric is not finite at any ridge; look at its targets, or use GCV().")
         scores = torch.where(scores.isfinite(), scores, torch.inf)
-        # Metrics such as the error have plateaus: of equal candidates the middle one is furthest from both cliffs.
-        tied = torch.nonzero(scores <= scores.min()).flatten()
-        best = int(tied[len(tied) // 2])
+        # Metrics such as the error have plateaus: of equal neighbours the middle one is furthest from both cliffs.
+        lowest = torch.nonzero(scores <= scores.min()).flatten().tolist()
+        run = [i for i in lowest if i - lowest[0] == lowest.index(i)]
+        best = run[len(run) // 2]
         return Choice("ridge", float(grid[best]), at_edge=best in (0, len(grid) - 1), grid=grid, scores=scores)
 
 

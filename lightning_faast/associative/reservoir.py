@@ -36,15 +36,19 @@ class Reservoir:
         self.seed = seed
         self.seen = 0
         self._priorities = torch.empty(0, dtype=torch.int64)
-        self._rows: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}  # of full size, so that a row enters without copying the others
 
     def __len__(self) -> int:
         return len(self._priorities)
 
     @property
+    def _rows(self) -> dict[str, Tensor]:
+        return {name: buffer[: len(self)] for name, buffer in self._buffers.items()}
+
+    @property
     def complete(self) -> bool:
         """Whether every row of the stream is held."""
-        return self.size > 0 and self.seen == len(self)
+        return 0 < self.seen == len(self)
 
     @property
     def keys(self) -> Tensor:
@@ -66,6 +70,7 @@ class Reservoir:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in (self._priorities, *self._rows.values()))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(
         self, keys: Tensor, values: Tensor, weights: Tensor | None = None, positions: Tensor | None = None
@@ -82,6 +87,8 @@ class Reservoir:
         n = keys.shape[0]
         if positions is None:
             positions = torch.arange(self.seen, self.seen + n)
+        if not len(positions) == len(values) == n:
+            raise ValueError(f"{n} keys, but {len(values)} values and {len(positions)} positions.")
         self.seen += n
         if self.size == 0 or n == 0:
             return
@@ -89,11 +96,11 @@ class Reservoir:
         if len(self) == self.size:  # nearly always: find the few rows that enter, on the host
             entering = torch.nonzero(priorities < self._priorities.max()).flatten()
         else:
-            entering = torch.arange(n)
+            entering = torch.sort(priorities, stable=True).indices[: self.size].sort().values
         if len(entering) == 0:
             return
         index = entering.to(keys.device)
-        new = {"keys": keys.detach()[index].clone(), "values": values.detach()[index].clone()}
+        new = {"keys": keys.detach()[index], "values": values.detach()[index]}
         new["weights"] = (
             torch.ones(len(entering), dtype=torch.float64, device=keys.device)
             if weights is None
@@ -102,15 +109,47 @@ class Reservoir:
         self._keep_lowest(priorities[entering], new)
 
     def _keep_lowest(self, priorities: Tensor, rows: Mapping[str, Tensor]) -> None:
-        both = torch.cat([self._priorities, priorities])
-        if self._rows:
-            rows = {name: torch.cat([self._rows[name], rows[name].to(self._rows[name].device)]) for name in rows}
-        kept = torch.sort(both, stable=True).indices[: self.size]
-        self._priorities = both[kept]
-        self._rows = {name: t[kept.to(t.device)] for name, t in rows.items()}
+        """Let new rows take free slots, and those of held rows of higher priority."""
+        held = len(self)
+        order = torch.sort(torch.cat([self._priorities, priorities]), stable=True).indices
+        kept = order[: self.size]
+        entering = kept[kept >= held] - held
+        leaving = order[self.size :]
+        slots = torch.cat([leaving[leaving < held], torch.arange(held, min(self.size, held + len(entering)))])
+        slots = slots[: len(entering)]
+        self._make_room(rows)
+        grown = torch.zeros(len(kept), dtype=torch.int64)
+        grown[:held] = self._priorities
+        grown[slots] = priorities[entering]
+        self._priorities = grown
+        for name, buffer in self._buffers.items():
+            source = rows[name].to(buffer)
+            buffer.index_copy_(0, slots.to(buffer.device), source[entering.to(source.device)])
 
+    def _make_room(self, rows: Mapping[str, Tensor]) -> None:
+        """Buffers of the full size, in a dtype that holds both the held rows and the new ones exactly."""
+        for name, new in rows.items():
+            old = self._buffers.get(name)
+            dtype = new.dtype if old is None else torch.promote_types(old.dtype, new.dtype)
+            if old is None:
+                self._buffers[name] = torch.zeros((self.size, *new.shape[1:]), dtype=dtype, device=new.device)
+            elif dtype != old.dtype:
+                self._buffers[name] = old.to(dtype)
+
+    def _limit_to(self, other_size: int) -> None:
+        """Where fewer rows of a stream were kept than here, no more than so many are a uniform sample of all."""
+        if other_size < self.size:
+            kept = torch.sort(self._priorities, stable=True).indices[:other_size]
+            self._buffers = {name: buffer[kept.to(buffer.device)] for name, buffer in self._buffers.items()}
+            self._priorities, self.size = self._priorities[kept], other_size
+            self._buffers = {name: _padded(buffer, other_size) for name, buffer in self._buffers.items()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, other: Reservoir) -> None:
-        """Take in the sample of another stream; the result is a sample of both."""
+        """Take in the sample of another stream; the result is a sample of both, of the smaller of the two sizes."""
+        if len(other) < other.seen:
+            self._limit_to(len(other))
         self.seen += other.seen
         if self.size and len(other):
             self._keep_lowest(other._priorities, other._rows)
@@ -135,10 +174,8 @@ class Reservoir:
         seen = gather(torch.tensor([self.seen], device=device))
         columns = {}
         for name, empty in shapes.items():
-            full = torch.zeros((self.size, *empty.shape[1:]), dtype=empty.dtype, device=device)
-            if self._rows:
-                full[: len(self)] = self._rows[name].to(full)
-            columns[name] = gather(full)
+            held = self._rows[name].to(empty) if self._buffers else empty
+            columns[name] = gather(_padded(held, self.size))
         result.seen = int(sum(int(s) for s in seen))
         for process, priority in enumerate(priorities):
             real = (priority != torch.iinfo(torch.int64).max).cpu()
@@ -152,10 +189,29 @@ class Reservoir:
         return {**state, **{name: t.clone() for name, t in self._rows.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
-        self.seen = int(state["seen"])
-        self._priorities = state["priorities"].cpu().clone()
-        self._rows = {name: state[name].clone() for name in ("keys", "values", "weights") if name in state}
+        """Take over a state; of the two sizes, the smaller one counts from then on (a size of 0 stays off).
+
+        Raises:
+            ValueError: For missing entries, or entries of different lengths.
+        """
+        priorities = state.get("priorities")
+        names = [name for name in ("keys", "values", "weights") if name in state]
+        whole = priorities is not None and "seen" in state and len(names) == (3 if len(priorities) else 0)
+        if not whole or priorities is None or any(len(state[name]) != len(priorities) for name in names):
+            raise ValueError("Not a state of Reservoir: entries are missing, or of different lengths.")
+        stored = Reservoir(len(priorities), self.seed)
+        stored.seen = int(state["seen"])
+        stored._priorities = priorities.cpu().clone()
+        stored._buffers = {name: state[name].detach().clone() for name in names}
+        self.seen, self._priorities, self._buffers = 0, torch.empty(0, dtype=torch.int64), {}
+        if self.size:
+            self.merge(stored)
+        else:
+            self.seen = stored.seen
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros((size - len(rows), *rows.shape[1:]))])
 
 
 def _hash(positions: Tensor, seed: int) -> Tensor:
@@ -164,7 +220,8 @@ def _hash(positions: Tensor, seed: int) -> Tensor:
     def shifted(x: Tensor, bits: int) -> Tensor:  # a logical, not an arithmetic, shift
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    x = (positions + 1) * -7046029254386353131 + seed * 2654435769
+    offset = (seed * 2654435769 + 2**63) % 2**64 - 2**63  # any Python integer, as int64
+    x = (positions + 1) * -7046029254386353131 + offset
     x = (x ^ shifted(x, 30)) * -4658895280553007687
     x = (x ^ shifted(x, 27)) * -7723592293110705685
     return shifted(x ^ shifted(x, 31), 1)

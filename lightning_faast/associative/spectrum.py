@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,9 @@ class Spectrum:
         value_mean: [c]; zeros where not centred.
         count: n.
         value_trace: tr(V^T V), of the centred values where ``centered``.
-        floor: The rounding floor, d 2^-53 times the largest eigenvalue before centring.
+        floor: The rounding floor, max(d, 4 sqrt(n)) 2^-53 times the largest eigenvalue before centring: what the sums
+            of n rows and the decomposition of a d x d matrix can be wrong by.
+        dropped: Frobenius norm of the part of U^T C along the eigenvalues that were dropped.
         centered: Whether a bias is fitted, by exact centring (never by a penalised column).
     """
 
@@ -40,6 +43,7 @@ class Spectrum:
     count: float
     value_trace: float
     floor: float
+    dropped: float
     centered: bool
 
     @classmethod
@@ -53,12 +57,15 @@ class Spectrum:
             gram = torch.addr(gram, key_mean, key_mean, alpha=-n)
             cross = torch.addr(cross, key_mean, value_mean, alpha=-n)
             trace = max(0.0, trace - n * float(value_mean @ value_mean))
+        if not bool(gram.isfinite().all() & cross.isfinite().all()):
+            raise ValueError("The sums have overflowed: scale the keys and values down.")
         eigenvalues, basis = torch.linalg.eigh(gram)
         eigenvalues, basis = eigenvalues.flip(0), basis.flip(1)
-        floor = _floor(gram.shape[0], eigenvalues, scale)
+        floor = _floor(gram.shape[0], n, eigenvalues, scale)
         kept = int((eigenvalues > floor).sum())
+        dropped = float((basis[:, kept:].T @ cross).norm())
         basis = basis[:, :kept]
-        return cls(basis, eigenvalues[:kept], basis.T @ cross, key_mean, value_mean, n, trace, floor, centered)
+        return cls(basis, eigenvalues[:kept], basis.T @ cross, key_mean, value_mean, n, trace, floor, dropped, centered)
 
     @classmethod
     def from_rows(
@@ -79,14 +86,16 @@ class Spectrum:
         rows = (keys.to(device, torch.float64) - key_mean) * root
         eigenvalues, left = torch.linalg.eigh(rows @ rows.T)
         eigenvalues, left = eigenvalues.flip(0), left.flip(1)
-        floor = _floor(keys.shape[1], eigenvalues, scale)
+        floor = _floor(keys.shape[1], statistics.count, eigenvalues, scale)
         kept = int((eigenvalues > floor).sum())
         eigenvalues, left = eigenvalues[:kept], left[:, :kept]
         basis = rows.T @ (left / eigenvalues.sqrt())
         centred_values = (as_dense(values.to(device), value_mean.shape[0]) - value_mean) * root
         projected = eigenvalues.sqrt()[:, None] * (left.T @ centred_values)
+        dropped = 0.0 if kept >= len(rows) - int(centered) else floor**0.5 * float(centred_values.norm())
         trace = float(centred_values.square().sum())
-        return cls(basis, eigenvalues, projected, key_mean, value_mean, statistics.count, trace, floor, centered)
+        n = statistics.count
+        return cls(basis, eigenvalues, projected, key_mean, value_mean, n, trace, floor, dropped, centered)
 
     @property
     def rank(self) -> int:
@@ -97,6 +106,11 @@ class Spectrum:
     def largest(self) -> float:
         """The largest eigenvalue, 0 where there is none."""
         return float(self.eigenvalues[0]) if self.rank else 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing was dropped that the data may hold: r = d, or a map through every training row exists."""
+        return self.rank == self.basis.shape[0] or self.interpolates
 
     @property
     def interpolates(self) -> bool:
@@ -126,5 +140,7 @@ def _means(statistics: SufficientStatistics, centered: bool) -> tuple[Tensor, Te
     return key_mean, statistics.value_sum / n, n * float(key_mean @ key_mean)
 
 
-def _floor(d: int, eigenvalues: Tensor, mean_scale: float) -> float:
-    return d * UNIT_ROUNDOFF * (max(0.0, float(eigenvalues[0])) + mean_scale)
+def _floor(d: int, n: float, eigenvalues: Tensor, mean_scale: float) -> float:
+    roundings = max(d, 4 * math.sqrt(n))
+    floor = roundings * UNIT_ROUNDOFF * (max(0.0, float(eigenvalues[0])) + mean_scale)
+    return max(floor, torch.finfo(torch.float64).tiny)

@@ -7,14 +7,27 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_faast.associative.batches import faults_of, refuse, rows_of_values
 from lightning_faast.associative.precision import accumulation_device
+from lightning_faast.associative.triangle import pack_triangle, unpack_triangle
 
-#: Float64 elements of keys held at a time while a batch is added (16 MiB).
-_BLOCK_ELEMENTS = 2**21
+#: Float64 elements of keys held at a time while a batch is added (4 MiB).
+_BLOCK_ELEMENTS = 2**19
+#: Rows added at a time at most. A long sum in one accumulator drifts where all terms round alike, as in a constant
+#: column: n/8 units in the last place, measured. Sums of short sums do not.
+_BLOCK_ROWS = 1024
+#: Classes grow with the labels seen up to here; a label beyond it is more likely an identifier, or a mistake.
+_MAX_GROWN_CLASSES = 2**18
+#: A row of values sums to one if it does to within this: the softmax of 1,000 classes in half precision.
+_SUM_TOLERANCE = 2e-2
+#: Sums with one entry or row a column of values.
+_BY_COLUMN = ("cross", "value_sum", "value_square_sum")
+#: Sums that cannot be negative.
+_NON_NEGATIVE = ("count", "value_square_sum", "value_deviation")
 #: On devices where reading a flag means waiting for the device, bad input is looked for once in so many updates.
 _CHECK_EVERY = 64
 #: Names of the summed tensors, in the order in which they are reduced and stored.
-_SUMS = ("gram", "cross", "count", "key_sum", "value_sum", "value_square_sum", "value_deviation")
+SUMS = ("gram", "cross", "count", "key_sum", "value_sum", "value_square_sum", "value_deviation")
 
 
 class SufficientStatistics:
@@ -122,12 +135,12 @@ class SufficientStatistics:
     @property
     def values_are_binary(self) -> bool:
         """Whether every value seen is 0 or 1 (labels count as one-hot rows)."""
-        return bool(self.labels) or float(self._read("value_deviation")[0]) == 0.0
+        return bool(self.labels) or float(self._read("value_deviation")[0]) == 0
 
     @property
     def values_are_distributions(self) -> bool:
-        """Whether every row of values is non-negative and sums to one, to within float32 rounding."""
-        return bool(self.labels) or float(self._read("value_deviation")[1]) <= 1e-4 * max(1.0, self.count)
+        """Whether every row of values is non-negative and sums to one, to within half-precision rounding."""
+        return bool(self.labels) or float(self._read("value_deviation")[1]) == 0
 
     @property
     def num_bytes(self) -> int:
@@ -136,6 +149,12 @@ class SufficientStatistics:
             return 0
         d = self._sums["gram"].shape[0]
         return 8 * (d * (d + 1) // 2 + sum(t.numel() for name, t in self._sums.items() if name != "gram"))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Widths (d, c) of the keys and the values seen."""
+        columns, d = self._read("cross").shape
+        return d, columns
 
     @property
     def device(self) -> torch.device | None:
@@ -150,6 +169,7 @@ class SufficientStatistics:
 
     # ------------------------------------------------------------------ adding rows
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> SufficientStatistics:
         """Add rows.
@@ -162,25 +182,29 @@ class SufficientStatistics:
         Returns:
             Itself.
         """
-        keys, values, weights = self._as_rows(keys, values, weights)
-        labels = values.ndim == 1
-        if keys.shape[0] == 0:
-            return self
-        self._allocate(keys, values, labels)
-        device = self._sums["gram"].device
-        block = max(1, _BLOCK_ELEMENTS // keys.shape[1])
-        spans = [slice(i, i + block) for i in range(0, keys.shape[0], block)]
         batch = self._updates
         self._updates += 1
-        if device.type == "cpu":  # reading a flag costs nothing: refuse before anything is added
+        keys, values, weights = self._as_rows(keys, values, weights)
+        if keys.shape[0] == 0:
+            return self
+        device = self.device or accumulation_device(keys.device)
+        if device.type == "cpu":
+            keys, values, weights = keys.cpu(), values.cpu(), None if weights is None else weights.cpu()
+        block = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // keys.shape[1]))
+        spans = [slice(i, i + block) for i in range(0, keys.shape[0], block)]
+        columns = self._columns(values, batch)
+        checked_first = _flags_are_free(device)
+        if checked_first:  # refuse before anything is allocated or added
             for span in spans:
-                self._refuse(self._faults(keys[span], values[span], weights, span), batch)
+                w = None if weights is None else weights[span]
+                refuse(faults_of(keys[span], values[span], w, columns), batch, self.num_classes)
+        self._make_room(keys.shape[1], columns, device, labels=values.ndim == 1)
         for span in spans:
             k = keys[span].to(device=device, dtype=torch.float64)
             v = values[span].to(device=device)
             w = None if weights is None else weights[span].to(device=device, dtype=torch.float64)
-            if device.type != "cpu":
-                self._note_faults(self._faults(k, v, w, slice(None)), batch)
+            if not checked_first:
+                self._note_faults(faults_of(k, v, w, columns), batch)
             self._add(k, v, w)
         self.rows += keys.shape[0]
         if self._updates % _CHECK_EVERY == 0:
@@ -188,68 +212,64 @@ class SufficientStatistics:
         return self
 
     def _as_rows(self, keys: Tensor, values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if keys.ndim < 2 or not keys.is_floating_point():
-            raise ValueError(f"keys must be floating point of shape [..., d], got {keys.dtype} {tuple(keys.shape)}.")
-        lead, d = keys.shape[:-1], keys.shape[-1]
-        integer = not (values.is_floating_point() or values.is_complex())
-        if values.shape == lead and integer and values.dtype != torch.bool:
-            values = values.detach().reshape(-1).long()
-        elif values.ndim == keys.ndim and values.shape[:-1] == lead:
-            values = values.detach().reshape(-1, values.shape[-1])
-        elif values.shape == lead:  # one real or boolean value a row
-            values = values.detach().reshape(-1, 1)
-        else:
+        if keys.ndim < 2 or not keys.is_floating_point() or not keys.shape[-1]:
             raise ValueError(
-                f"keys and values must have the same rows: keys are {tuple(keys.shape)}, so values must be labels "
-                f"{tuple(lead)} or values {(*lead, 'c')}, got {tuple(values.shape)}."
+                f"keys must be floating point of shape [..., d], d at least 1, got {keys.dtype} {tuple(keys.shape)}."
             )
+        lead, d = keys.shape[:-1], keys.shape[-1]
+        values = rows_of_values(values.detach(), lead)
         if weights is not None:
-            if weights.shape != lead:
-                raise ValueError(f"weights must be {tuple(lead)}, one for each row, got {tuple(weights.shape)}.")
+            if weights.shape != lead or weights.is_complex():
+                raise ValueError(
+                    f"weights must be {tuple(lead)}, one real number for each row, got {weights.dtype} "
+                    f"{tuple(weights.shape)}."
+                )
             weights = weights.detach().reshape(-1)
         if self.num_features is not None and d != self.num_features:
-            raise ValueError(f"keys must have width {self.num_features} as before, got {d}.")
-        if values.ndim == 2 and self.num_classes is not None and values.shape[1] != self.num_classes:
-            raise ValueError(f"values must have {self.num_classes} columns, got {values.shape[1]}.")
+            raise ValueError(f"keys must have width {self.num_features}, as declared or seen before, got {d}.")
         if self.labels is not None and (values.ndim == 1) != self.labels:
             raise ValueError(
                 "labels and dense values cannot be mixed: these statistics hold "
                 f"{'labels' if self.labels else 'dense values'}."
             )
+        held = self._sums["cross"].shape[0] if self._sums else self.num_classes
+        if values.ndim == 2 and held is not None and values.shape[1] != held:
+            raise ValueError(f"values must have {held} columns, as declared or seen before, got {values.shape[1]}.")
         return keys.detach().reshape(-1, d), values, weights
 
-    def _allocate(self, keys: Tensor, values: Tensor, labels: bool) -> None:
-        d = keys.shape[1]
-        if labels:
-            columns = self.num_classes or max(int(values.max()) + 1, 1)
-        else:
-            columns = values.shape[1]
+    def _columns(self, values: Tensor, batch: int) -> int:
+        """Columns of ``cross`` that these values need."""
+        if values.ndim == 2:
+            return values.shape[1]
+        if self.num_classes is not None:
+            return self.num_classes
+        largest = int(values.max())
+        if largest >= _MAX_GROWN_CLASSES:
+            raise ValueError(
+                f"Batch {batch} (counted from 0): label {largest} would make {largest + 1} classes. Number the classes "
+                "from 0, or give num_classes (out_features) if there are so many."
+            )
+        return max(largest + 1, self._sums["cross"].shape[0] if self._sums else 1)
+
+    def _make_room(self, num_features: int, columns: int, device: torch.device, *, labels: bool) -> None:
         if not self._sums:
-            self.allocate(d, columns, accumulation_device(keys.device))
+            self.allocate(num_features, columns, device)
+        elif columns > self._sums["cross"].shape[0]:  # only labels without num_classes get here
+            self.grow(columns)
         self.labels = labels
-        held = self._sums["cross"].shape[0]
-        if columns > held:  # only labels without num_classes get here
-            self._grow(columns)
 
     def allocate(self, num_features: int, num_columns: int, device: torch.device | str = "cpu") -> None:
         """Set all sums to zero, of known shapes: what a process that may see no row needs to take part in a sum."""
         self.num_features = num_features
-        shapes: dict[str, tuple[int, ...]] = {
-            "gram": (num_features, num_features),
-            "cross": (num_columns, num_features),  # transposed, so that labels scatter whole rows
-            "count": (),
-            "key_sum": (num_features,),
-            "value_sum": (num_columns,),
-            "value_square_sum": (num_columns,),
-            "value_deviation": (2,),
-        }
-        self._sums = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in _SUMS}
+        shapes = _shapes(num_features, num_columns)
+        self._sums = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in SUMS}
         self._first_bad = None
 
-    def _grow(self, columns: int) -> None:
-        for name in ("cross", "value_sum", "value_square_sum"):
+    def grow(self, num_columns: int) -> None:
+        """Add classes without rows, up to ``num_columns`` in all."""
+        for name in _BY_COLUMN:
             old = self._sums[name]
-            new = old.new_zeros((columns, *old.shape[1:]))
+            new = old.new_zeros((num_columns, *old.shape[1:]))
             new[: old.shape[0]] = old
             self._sums[name] = new
 
@@ -262,46 +282,25 @@ class SufficientStatistics:
         if v.ndim == 1:
             v = v.clamp(0, s["cross"].shape[0] - 1)  # an out-of-range label is already noted; never index outside
             ones = torch.ones_like(k[:, 0]) if w is None else w
-            s["cross"].index_add_(0, v, weighted)
+            if s["cross"].shape[0] <= len(v):  # a short sum of its own, as above
+                s["cross"] += torch.zeros_like(s["cross"]).index_add_(0, v, weighted)
+            else:
+                s["cross"].index_add_(0, v, weighted)
             s["value_sum"].index_add_(0, v, ones)
             s["value_square_sum"].index_add_(0, v, ones)
             return
         v = v.to(torch.float64)
-        s["cross"].addmm_(v.T, weighted)
+        s["cross"] += v.T @ weighted
         wv = v if w is None else v * w[:, None]
         s["value_sum"] += wv.sum(0)
         s["value_square_sum"] += (wv * v).sum(0)
-        # Sums of non-negative deviations: they are zero exactly where every value is binary, or every row a
-        # distribution, and they add over machines as every other sum does.
-        s["value_deviation"][0] += (v * (1 - v)).abs().sum()
-        s["value_deviation"][1] += (v.sum(1) - 1).abs().sum() + v.clamp(max=0).abs().sum()
+        # Numbers of rows that are not binary, not a distribution: whole numbers, so that they add and subtract exactly.
+        counted = torch.ones_like(v[:, 0], dtype=torch.bool) if w is None else w > 0
+        apart = (v.sum(1) - 1).abs() > _SUM_TOLERANCE
+        s["value_deviation"][0] += (((v != 0) & (v != 1)).any(1) & counted).sum()
+        s["value_deviation"][1] += ((apart | (v < 0).any(1)) & counted).sum()
 
     # ------------------------------------------------------------------ bad input
-
-    def _faults(self, k: Tensor, v: Tensor, w: Tensor | None, span: slice) -> Tensor:
-        """Which of the four faults these rows have, [4] bool: keys, values, labels, weights."""
-        # A sum is finite only where every term is (or it overflows, which is as bad): one pass, no mask in memory.
-        faults = [~k.sum(dtype=torch.float64).isfinite()]
-        if v.ndim == 2:
-            faults += [~v.sum(dtype=torch.float64).isfinite(), torch.zeros_like(faults[0])]
-        else:
-            columns = self._sums["cross"].shape[0]
-            faults += [torch.zeros_like(faults[0]), ((v < 0) | (v >= columns)).any().to(faults[0].device)]
-        bad_weights = torch.zeros_like(faults[0])
-        if w is not None:
-            bad_weights = (~((w[span] >= 0) & w[span].isfinite())).any().to(faults[0].device)
-        return torch.stack([*faults, bad_weights])
-
-    def _refuse(self, faults: Tensor, batch: int) -> None:
-        messages = (
-            "keys hold NaN or infinite values. Look at this batch's input and at the encoder's precision",
-            "values hold NaN or infinite numbers. Look at this batch's targets",
-            f"a label is outside [0, {self.num_classes or 'inf'}). Check num_classes, or pass an ignore index",
-            "weights must be finite and not negative",
-        )
-        for fault, message in zip(faults.tolist(), messages, strict=True):
-            if fault:
-                raise ValueError(f"Batch {batch} (counted from 0): {message}.")
 
     def _note_faults(self, faults: Tensor, batch: int) -> None:
         if self._first_bad is None:
@@ -320,44 +319,63 @@ class SufficientStatistics:
         first = self._first_bad.tolist()
         worst = min(first)
         if worst != torch.iinfo(torch.int64).max:
-            self._refuse(torch.tensor([f == worst for f in first]), worst)
+            refuse(torch.tensor([f == worst for f in first]), worst, self.num_classes)
 
     # ------------------------------------------------------------------ arithmetic
 
     def _combined(self, other: SufficientStatistics, sign: int) -> SufficientStatistics:
         if not isinstance(other, SufficientStatistics):
             return NotImplemented
+        other.verify()
         result = self._clone()
         if not other._sums:
             return result
-        if not result._sums:
-            result.allocate(other._sums["gram"].shape[0], other._sums["cross"].shape[0], other.device or "cpu")
-            result.labels = other.labels
-        mine, theirs = result._sums["gram"].shape[0], other._sums["gram"].shape[0]
-        if mine != theirs:
-            raise ValueError(f"Statistics of keys of different widths cannot be combined: {mine} and {theirs}.")
-        if None not in (result.labels, other.labels) and result.labels != other.labels:
+        columns, d = other._sums["cross"].shape
+        if self.num_features not in (None, d):
+            raise ValueError(f"Statistics of keys of different widths cannot be combined: {self.num_features} and {d}.")
+        if None not in (self.labels, other.labels) and self.labels != other.labels:
             raise ValueError("Statistics of labels and of dense values cannot be combined.")
-        result.labels = other.labels if result.labels is None else result.labels
-        columns = other._sums["cross"].shape[0]
+        result.labels = other.labels if self.labels is None else self.labels
+        if not result._sums:
+            held = max(columns, self.num_classes or 0) if result.labels else columns
+            result.allocate(d, held, other.device or "cpu")
         held = result._sums["cross"].shape[0]
-        if columns != held and (not result.labels or None not in (self.num_classes, other.num_classes)):
+        fixed = not result.labels or None not in (self.num_classes, other.num_classes)
+        if self.num_classes is not None:
+            fixed = fixed or columns > self.num_classes
+            held = self.num_classes
+        if columns != held and fixed:
             raise ValueError(f"Statistics of different value widths cannot be combined: {held} and {columns}.")
         if columns > held:
-            result._grow(columns)
-        for name in _SUMS:
-            theirs_sum = other._sums[name].to(result._sums[name].device)
-            mine_sum = result._sums[name]
-            if name in ("cross", "value_sum", "value_square_sum"):
-                mine_sum = mine_sum[: theirs_sum.shape[0]]
-            mine_sum.add_(theirs_sum, alpha=sign)
+            result.grow(columns)
+        for name in SUMS:
+            theirs = other._sums[name].to(result._sums[name].device)
+            mine = result._sums[name]
+            if name in _BY_COLUMN:
+                mine = mine[: theirs.shape[0]]
+            mine.add_(theirs, alpha=sign)
         result.rows += sign * other.rows
-        if sign < 0 and (result.rows < 0 or float(result._sums["count"]) < -1e-9):
-            raise ValueError(
-                f"Cannot take out {other.rows} rows of statistics that hold {self.rows}: "
-                "subtract only what was added before."
-            )
+        if sign < 0:
+            result._refuse_negative(self, other)
         return result
+
+    def _refuse_negative(self, before: SufficientStatistics, taken: SufficientStatistics) -> None:
+        """After a subtraction: sums of squares and counts must not be negative; without rows, nothing is left."""
+        negative = self.rows < 0
+        for name in (*_NON_NEGATIVE, "gram"):
+            rest, held = self._sums[name], before._sums.get(name)
+            if name == "gram":
+                rest, held = rest.diagonal(), None if held is None else held.diagonal()
+            scale = 0.0 if held is None else float(held.abs().max())
+            negative = negative or bool((rest < -1e-9 * scale).any())
+        if negative:
+            raise ValueError(
+                f"Cannot take out {taken.rows} rows of statistics that hold {before.rows}: they are not all among "
+                "them. Subtract only what was added before."
+            )
+        if self.rows == 0:
+            for rest in self._sums.values():
+                rest.zero_()
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         return self._combined(other, 1)
@@ -399,24 +417,44 @@ class SufficientStatistics:
         """
         missing = [name for name in ("rows", "labels") if name not in state]
         if "gram" in state:
-            missing += [name for name in _SUMS if name not in state]
+            missing += [name for name in SUMS if name not in state]
         if missing:
             raise ValueError(f"Not a state of SufficientStatistics: {', '.join(missing)} missing.")
+        sums: dict[str, Tensor] = {}
+        if "gram" in state:
+            if state["cross"].ndim != 2:
+                raise ValueError(f"A damaged state: cross is {tuple(state['cross'].shape)}, should be [c, d].")
+            columns, d = state["cross"].shape
+            if self.num_features not in (None, d):
+                raise ValueError(f"The state has keys of width {d}, expected {self.num_features}.")
+            if self.num_classes not in (None, columns):
+                raise ValueError(f"The state has {columns} classes or value columns, expected {self.num_classes}.")
+            sums = {name: state[name].detach().to(torch.float64, copy=True) for name in SUMS}
+            sums["gram"] = unpack_triangle(sums["gram"], d)
+            for name, shape in _shapes(d, columns).items():
+                if sums[name].shape != shape or not bool(sums[name].isfinite().all()):
+                    raise ValueError(f"A damaged state: {name} is {tuple(sums[name].shape)} or not finite.")
+            self.num_features = d
         self.rows = int(state["rows"])
         self.labels = None if int(state["labels"]) < 0 else bool(state["labels"])
-        self._first_bad, self._sums = None, {}
-        if "gram" not in state:
-            return
-        columns, d = state["cross"].shape
-        if self.num_features not in (None, d):
-            raise ValueError(f"The state has keys of width {d}, expected {self.num_features}.")
-        if self.num_classes not in (None, columns):
-            raise ValueError(f"The state has {columns} classes or value columns, expected {self.num_classes}.")
-        self.num_features = d
-        self._sums = {
-            name: unpack_triangle(state[name], d) if name == "gram" else state[name].to(torch.float64).clone()
-            for name in _SUMS
-        }
+        self._first_bad, self._sums = None, sums
+
+
+def _shapes(num_features: int, num_columns: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "gram": (num_features, num_features),
+        "cross": (num_columns, num_features),  # transposed, so that labels scatter whole rows
+        "count": (),
+        "key_sum": (num_features,),
+        "value_sum": (num_columns,),
+        "value_square_sum": (num_columns,),
+        "value_deviation": (2,),
+    }
+
+
+def _flags_are_free(device: torch.device) -> bool:
+    """Whether reading a flag does not mean waiting for the device."""
+    return device.type == "cpu"
 
 
 def _add_lower_gram(gram: Tensor, left: Tensor, right: Tensor) -> None:
@@ -428,25 +466,5 @@ def _add_lower_gram(gram: Tensor, left: Tensor, right: Tensor) -> None:
     d = gram.shape[0]
     panel = -(-d // 4) if d >= 256 else d
     for i in range(0, d, panel):
-        gram[i:, i : i + panel].addmm_(left[:, i:].T, right[:, i : i + panel])
-
-
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """The lower triangle of a symmetric [d, d] matrix, row by row, [d(d+1)/2]."""
-    i, j = torch.tril_indices(*matrix.shape, device=matrix.device)
-    return matrix[i, j]
-
-
-def unpack_triangle(packed: Tensor, d: int) -> Tensor:
-    """The symmetric float64 [d, d] matrix of a packed lower triangle.
-
-    Raises:
-        ValueError: Where the length is not d(d+1)/2.
-    """
-    if packed.shape != (d * (d + 1) // 2,):
-        raise ValueError(f"A packed triangle of width {d} has {d * (d + 1) // 2} entries, got {tuple(packed.shape)}.")
-    i, j = torch.tril_indices(d, d, device=packed.device)
-    matrix = torch.empty(d, d, dtype=torch.float64, device=packed.device)
-    matrix[i, j] = packed.to(torch.float64)
-    matrix[j, i] = matrix[i, j]
-    return matrix
+        # Not addmm_: it goes on in the accumulators of all the rows before, and drifts (see _BLOCK_ROWS).
+        gram[i:, i : i + panel] += left[:, i:].T @ right[:, i : i + panel]
