@@ -176,6 +176,11 @@ class FaastCallback(Callback):
         """Settle on a head, and on what learns it: itself, or fast weights beside an nn.Linear."""
         check_head(pl_module, name, head)
         if isinstance(head, FastWeights):
+            if head.in_features is None or head.out_features is None:
+                raise ValueError(
+                    f"head {name!r} is a FastWeights without sizes, which cannot run before it is solved: write "
+                    "FastWeights(in_features, out_features, ...)."
+                )
             if self._options:
                 raise ValueError(
                     f"{', '.join(self._options)} given to FaastCallback, but head {name!r} is a FastWeights, which has "

@@ -1,5 +1,6 @@
 """The verbs of the command line on LightningCLI: fit, validate, test and predict."""
 
+import json
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from lightning_faast.associative.files import save_tensors
 from lightning_faast.cli import VERBS, find_configs
 from lightning_faast.module import FaastModule
 
@@ -163,7 +165,9 @@ class FaastCLI(LightningCLI):
         self._say_accuracy()
 
     def predict(self, model: FaastModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Write labels [N] and probabilities [N, c] to ``predictions.pt`` in the run's folder.
+        """Write labels [N] and probabilities [N, c] to ``predictions.safetensors`` in the run's folder.
+
+        The class names stand in the file's metadata, as a JSON list.
 
         Raises:
             RuntimeError: If several processes run, each of which would have a part of the rows.
@@ -174,13 +178,11 @@ class FaastCLI(LightningCLI):
                 "--trainer.num_nodes=1."
             )
         batches: Any = self.trainer.predict(model, datamodule=datamodule, return_predictions=True, **kwargs)
-        rows: dict[str, Any] = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        rows["class_names"] = list(getattr(datamodule, "class_names", None) or [])
+        rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        class_names = json.dumps(list(getattr(datamodule, "class_names", None) or []))
         directory = run_directory(self.trainer.logger) if self.trainer.logger else self.trainer.default_root_dir
-        os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, "predictions.pt")
-        torch.save(rows, path)
-        self._say(f"predictions of {len(rows['label'])} rows (label, probabilities, class_names) in {path}")
+        path = save_tensors(rows, os.path.join(directory, "predictions.safetensors"), {"class_names": class_names})
+        self._say(f"predictions of {len(rows['label'])} rows (label, probabilities) in {path}")
 
     def _say_accuracy(self) -> None:
         for name in ("val/accuracy", "test/accuracy"):

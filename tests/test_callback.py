@@ -439,6 +439,7 @@ def _tied(module: Any) -> None:
         (_swap_head(ScaledLinear(16, CLASSES)), {}, "ScaledLinear; it must be exactly"),
         (_swap_head(nn.utils.parametrizations.weight_norm(nn.Linear(16, CLASSES))), {}, "must be exactly|parametrized"),
         (_tied, {}, "shares its weight with decoder.weight"),
+        (_swap_head(FastWeights()), {}, "FastWeights without sizes"),
         (_swap_head(FastWeights(16, CLASSES)), {"readout": "regression"}, r"FastWeights\(readout='regression'\)"),
     ],
 )  # fmt: skip

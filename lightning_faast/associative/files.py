@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lightning_faast.associative.statistics import SufficientStatistics
 
@@ -38,14 +40,19 @@ def save_statistics(statistics: SufficientStatistics, path: str | os.PathLike[st
         >>> load_statistics(path).rows
         10
     """
+    return save_tensors(statistics.state_dict(), path, {"format": _FORMAT})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> Path:
+    """Write tensors to a safetensors file, whole or not at all; as :func:`save_statistics`."""
     destination = Path(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: t.cpu().contiguous() for name, t in statistics.state_dict().items()}
+    state = {name: t.cpu().contiguous() for name, t in tensors.items()}
     temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # as the umask has it; save_file's own can only be read by their owner
-        save_file(state, temporary, metadata={"format": _FORMAT})
+        save_file(state, temporary, metadata=metadata)
         temporary.chmod(mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
