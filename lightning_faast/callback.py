@@ -75,7 +75,8 @@ class FaastCallback(Callback):
         >>> inputs = torch.randn(200, 8)
         >>> data = torch.utils.data.TensorDataset(inputs, (inputs.sum(1) > 0).long())
         >>> callback = FaastCallback(head="fc")
-        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", **quiet)
         >>> trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=50))
         >>> callback.solution.leave_one_out_accuracy > 0.8
         True

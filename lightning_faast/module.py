@@ -47,17 +47,18 @@ class FaastModule(LightningModule):
         TypeError: If the encoder has no integer ``num_features`` or ``head`` does not build an ``nn.Module``.
         ValueError: If the number of classes is unknown, smaller than two or not that of the head.
 
-    Example::
-
-        from lightning.pytorch import Trainer
-        from lightning_faast import FaastCallback, FaastModule
-        from lightning_faast.data import DigitsDataModule
-        from lightning_faast.encoders import VisionEncoder
-
-        module = FaastModule(VisionEncoder("vit_small_patch14_dinov2.lvd142m", image_size=98))
-        trainer = Trainer(callbacks=[FaastCallback()])
-        trainer.fit(module, datamodule=DigitsDataModule())
-        trainer.test(module, datamodule=DigitsDataModule())
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_faast import FaastCallback, FaastModule
+        >>> from lightning_faast.data import DigitsDataModule
+        >>> from lightning_faast.encoders import VisionEncoder
+        >>> module = FaastModule(VisionEncoder("test_vit", pretrained=False, image_size=32))
+        >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        >>> trainer = Trainer(callbacks=[FaastCallback()], accelerator="cpu", **quiet)
+        >>> trainer.fit(module, datamodule=DigitsDataModule())
+        >>> results = trainer.test(module, datamodule=DigitsDataModule(), verbose=False)
+        >>> results[0]["test/accuracy"] > 0.5
+        True
     """
 
     head: nn.Module

@@ -1,10 +1,8 @@
-"""LightningDataModules whose batches suit a fit in one pass: in order, nothing dropped, nothing augmented.
+"""LightningDataModules."""
 
-Names are imported when first used; the libraries behind a source of data are imported when that source is opened.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from lightning_faast.lazy import attach
 
 if TYPE_CHECKING:
     from lightning_faast.data.digits import DigitsDataModule
@@ -12,17 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DigitsDataModule", "ImageDataModule"]
 
-_HOMES = {
-    "DigitsDataModule": "lightning_faast.data.digits",
-    "ImageDataModule": "lightning_faast.data.images",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = attach(
+    __name__,
+    {"DigitsDataModule": "lightning_faast.data.digits", "ImageDataModule": "lightning_faast.data.images"},
+)

@@ -33,10 +33,16 @@ class DigitsDataModule(ImageDataModule):
         device_transform: As for :class:`ImageDataModule`.
 
     Example:
-        >>> data = DigitsDataModule(data_config=encoder.data_config)  # doctest: +SKIP
-        >>> data.setup()  # doctest: +SKIP
-        >>> data.num_classes  # doctest: +SKIP
+        >>> from lightning_faast.data import DigitsDataModule
+        >>> from lightning_faast.encoders import VisionEncoder
+        >>> encoder = VisionEncoder("test_vit", pretrained=False)
+        >>> data = DigitsDataModule(data_config=encoder.data_config)
+        >>> data.setup()
+        >>> data.num_classes
         10
+        >>> images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+        >>> encoder(images).shape
+        torch.Size([64, 64])
     """
 
     def __init__(

@@ -93,8 +93,19 @@ class ImageDataModule(LightningDataModule):
         ConnectionError: Where the data set is on the hub and the hub cannot be reached.
 
     Example:
-        >>> data = ImageDataModule("uoft-cs/cifar10", batch_size=256, num_workers=4)  # doctest: +SKIP
-        >>> trainer.fit(module, datamodule=data)  # doctest: +SKIP
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from lightning_faast.data import ImageDataModule
+        >>> from lightning_faast.encoders import VisionEncoder
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for split, color in [("train", "red"), ("train", "blue"), ("test", "red"), ("test", "blue")]:
+        ...     (root / split / color).mkdir(parents=True)
+        ...     Image.new("RGB", (48, 32), color).save(root / split / color / "1.png")
+        >>> data = ImageDataModule(str(root), data_config=VisionEncoder("test_vit", pretrained=False).data_config)
+        >>> data.setup()
+        >>> data.class_names
+        ['blue', 'red']
     """
 
     def __init__(
