@@ -75,7 +75,8 @@ class FaastCallback(Callback):
         >>> inputs = torch.randn(200, 8)
         >>> data = torch.utils.data.TensorDataset(inputs, (inputs.sum(1) > 0).long())
         >>> callback = FaastCallback(head="fc")
-        >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        >>> options = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
+        >>> quiet = dict.fromkeys(options, False)
         >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", **quiet)
         >>> trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=50))
         >>> callback.solution.leave_one_out_accuracy > 0.8
@@ -167,7 +168,7 @@ class FaastCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on the weights; find the head, which may have been built in ``setup`` or ``configure_model``."""
         if trainer.world_size > 1:
-            distributed.broadcast_module(pl_module)
+            _share_weights(pl_module)
         if self.head is not None:
             self._use_head(pl_module, self.head, named_head(pl_module, self.head))
         elif (declared := declared_head(pl_module)) is not None:
@@ -345,7 +346,7 @@ class FaastCallback(Callback):
         self._write()
         if trainer.world_size > 1:
             assert self._module is not None
-            distributed.broadcast_module(self._module)
+            _share_weights(self._module)
         solve = time.perf_counter() - start
         self._solved = True
         takeover.count_one_step(trainer)
@@ -468,6 +469,14 @@ class FaastCallback(Callback):
 
 def _merge_processes(learner: FastWeights, device: torch.device) -> None:
     learner.reduce(distributed.sum_over_processes, distributed.gather_from_processes)
+
+
+def _share_weights(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers for every process."""
+    distributed.broadcast_module(module)
+    for m in module.modules():
+        if isinstance(m, FastWeights):
+            m.fold()
 
 
 def _written(options: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ class FaastModule(LightningModule):
         >>> from lightning_faast.data import DigitsDataModule
         >>> from lightning_faast.encoders import VisionEncoder
         >>> module = FaastModule(VisionEncoder("test_vit", pretrained=False, image_size=32))
-        >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        >>> options = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
+        >>> quiet = dict.fromkeys(options, False)
         >>> trainer = Trainer(callbacks=[FaastCallback()], accelerator="cpu", **quiet)
         >>> trainer.fit(module, datamodule=DigitsDataModule())
         >>> results = trainer.test(module, datamodule=DigitsDataModule(), verbose=False)

@@ -73,6 +73,15 @@ def test_samplers_that_cannot_be_counted_are_refused(tmp_path: Path, loader: str
     assert message in run.stderr
 
 
+@pytest.mark.slow
+def test_a_fast_weights_head_predicts_the_same_on_every_process(tmp_path: Path) -> None:
+    run = fit(tmp_path / "out", "--processes", "2", "--fast-weights")
+    assert run.returncode == 0, run.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"out.rank{r}.pt") for r in (0, 1)]
+    assert torch.equal(ranks[0]["logits"], ranks[1]["logits"])
+    assert ranks[0]["val_acc"] > 0.6
+
+
 def test_positions_of_a_distributed_sampler() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(11))
     seen: list[int] = []

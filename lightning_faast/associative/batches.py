@@ -26,8 +26,10 @@ def rows_of_values(values: Tensor, lead: torch.Size) -> Tensor:
 
 def faults_of(k: Tensor, v: Tensor, w: Tensor | None, columns: int) -> Tensor:
     """Which of the four faults these rows have, [4] bool: keys, values, labels, weights."""
-    # A norm is finite only where every term is, and no square overflows: one pass, no mask in memory.
-    keys = ~torch.linalg.vector_norm(k, dtype=torch.float64).isfinite()
+    # A sum is finite only where every term is, and a norm where no square overflows, which only float64 can: one pass
+    # and no mask in memory. Float32 sums of a block overflow only for keys that are as good as infinite.
+    total = torch.linalg.vector_norm(k) if k.dtype == torch.float64 else k.sum(dtype=torch.float32)
+    keys = ~total.isfinite()
     values = labels = weights = torch.zeros_like(keys)
     if v.ndim == 2:
         values = ~torch.linalg.vector_norm(v.to(torch.float64)).isfinite()

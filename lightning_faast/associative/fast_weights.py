@@ -161,10 +161,12 @@ class FastWeights(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("blend", torch.zeros(()))  # r = N / (N + N0); 0 predicts by the zero-shot weights alone
         self.register_buffer("task", torch.zeros((), dtype=torch.int8))  # an index into _TASKS
-        # What forward applies: temperature and prior folded into one linear layer, so that a prediction costs no more.
-        self.register_buffer("_folded_weight", self.weight.clone(), persistent=False)
-        self.register_buffer("_folded_bias", self.bias.clone(), persistent=False)
-        self._fold()
+        self.fold()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FastWeights:
+        super()._apply(*args, **kwargs)  # another device or dtype: .to(), .half(), a Trainer
+        self.fold()
+        return self
 
     def _check_readout(self, class_embeddings: Tensor | None) -> None:
         if self.readout != "discriminant":
@@ -329,17 +331,22 @@ class FastWeights(nn.Module):
             setattr(self, name, value.to(device=held.device, dtype=like.dtype).contiguous())
         self.solution = solution
         self._stale = False
-        self._fold()
+        self.fold()
 
-    def _fold(self) -> None:
-        """Put temperature, prior and zero-shot blend into the one linear layer that forward applies."""
+    def fold(self) -> None:
+        """Put temperature, prior and zero-shot blend into the one linear layer that forward applies.
+
+        Done by itself after a solve, ``load_state_dict`` and ``to``; whoever writes into the buffers calls it. The
+        result is kept as plain attributes, which are read faster: a prediction costs what an nn.Linear's does.
+        """
         weight, bias = self.weight, self.bias
         if self.zero_shot is not None:
             weight = (1 - self.blend) * self.zero_shot.to(weight) + self.blend * weight
             bias = self.blend * bias
         if self.class_embeddings is None:
             weight, bias = weight / self.temperature, bias / self.temperature + self.log_prior
-        self._folded_weight, self._folded_bias = weight, bias
+        self._folded = (weight, bias)
+        self._is_linear = bool(weight.shape[1]) and not self.normalize and self.class_embeddings is None
 
     # ------------------------------------------------------------------ predicting
 
@@ -353,7 +360,7 @@ class FastWeights(nn.Module):
             raise RuntimeError(
                 "normalize=True and class_embeddings are not linear in the key: keep the FastWeights head."
             )
-        return self._folded_weight, self._folded_bias
+        return self._folded
 
     def _cosines(self, embedding: Tensor) -> Tensor:
         assert self.class_embeddings is not None
@@ -362,12 +369,16 @@ class FastWeights(nn.Module):
 
     def forward(self, keys: Tensor) -> Tensor:
         """Logits [..., c] of keys [..., d]; outputs themselves where the task is a regression."""
-        if not self._folded_weight.shape[1]:
+        weight, bias = self._folded
+        if keys.dtype != weight.dtype:
+            keys = keys.to(weight.dtype)
+        if self._is_linear:
+            return F.linear(keys, weight, bias)
+        if not weight.shape[1]:
             raise RuntimeError("FastWeights is not fitted: call fit(keys, values), or update(...) and solve().")
-        keys = keys.to(self._folded_weight.dtype)
         if self.normalize:
             keys = F.normalize(keys, dim=-1)
-        outputs = F.linear(keys, self._folded_weight, self._folded_bias)
+        outputs = F.linear(keys, weight, bias)
         if self.class_embeddings is None:
             return outputs
         return self._cosines(outputs) / self.temperature + self.log_prior
@@ -463,12 +474,12 @@ class FastWeights(nn.Module):
         self.reservoir = Reservoir(self.reservoir_size, self.seed)
         self._stale = False
         self.solution = None
-        self._fold()
+        self.fold()
 
     @property
     def bytes_to_predict(self) -> int:
         """Bytes of what a prediction reads."""
-        used = (self._folded_weight, self._folded_bias, self.class_embeddings, self.zero_shot)
+        used = (*self._folded, self.class_embeddings)
         return sum(t.numel() * t.element_size() for t in used if t is not None)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_faast.associative.regularization import Choice
 from lightning_faast.associative.spectrum import Spectrum, as_dense
+from lightning_faast.associative.within import within_inverse
 
 #: Logit of a class without examples under ``empty_classes="mask"``: its probability is exactly 0 in every dtype, and
 #: unlike -inf it survives half precision, histograms and fine-tuning.
@@ -176,9 +177,8 @@ class Discriminant:
         self._present = counts > 0
         safe = torch.where(self._present, counts, 1.0)
         self._means = spectrum.projected / safe  # [r, c], relative to the grand mean g
-        within = torch.diag(spectrum.eigenvalues + mu) - (self._means * counts) @ self._means.T
-        self._precision = _inverse(within, mu, spectrum.floor)  # A = (S_w + mu I)^-1, [r, r]
-        self._solved = self._precision @ self._means  # A m_c
+        self._precision = within_inverse(spectrum.eigenvalues, mu, self._means, counts, spectrum.floor)  # A
+        self._solved = self._precision.times(self._means)  # A m_c
         self._inner = self._means.T @ self._solved  # m_c^T A m_j, [c, c]
         self.shrinkage = self._estimate_shrinkage(n, mu) if shrink_means else 0.0
 
@@ -187,7 +187,7 @@ class Discriminant:
         classes = int(self._present.sum())
         if classes < 3 or n <= classes or not self.spectrum.rank:
             return 0.0
-        scatter_trace = self.spectrum.rank - mu * float(self._precision.trace())  # tr(A S_w)
+        scatter_trace = self.spectrum.rank - mu * self._precision.trace  # tr(A S_w)
         within = n * max(scatter_trace, 0.0) / (n - classes)
         spread = n * float((self.counts * self._inner.diagonal()).sum())
         between = (spread - (classes - 1) * within) / (n - float(self.counts.square().sum()) / n)
@@ -206,7 +206,7 @@ class Discriminant:
     @property
     def error_bound(self) -> float:
         """As in :class:`Readout`."""
-        return _metric_bound(self.spectrum, self._precision.norm(), self._solved)
+        return _metric_bound(self.spectrum, self._precision.trace, self._solved)
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         r"""As in :class:`Readout`; mu, k and the class prior are those of the fit.
@@ -228,7 +228,7 @@ class Discriminant:
         n_left = s.count - w
 
         x_a_m = x @ self._solved  # x^T A m_j, [R, c]
-        x_a_x = ((x @ self._precision) * x).sum(1)  # [R]
+        x_a_x = self._precision.lengths(x)  # [R]
         own_inner = self._inner[labels]  # m_c^T A m_j, [R, c]
         x_a_own, own_a_own = x_a_m[rows, labels], own_inner[rows, labels]
         u_a_m = x_a_m - own_inner
@@ -302,7 +302,7 @@ class PairedDiscriminants:
     @property
     def error_bound(self) -> float:
         """As in :class:`Readout`, of the direction of each row of W."""
-        return _metric_bound(self.spectrum, self._inverse.norm(), self._inverse[:, None] * self._ones_mean)
+        return _metric_bound(self.spectrum, float(self._inverse.sum()), self._inverse[:, None] * self._ones_mean)
 
     def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """As in :class:`Readout`; mu and the prior are those of the fit."""
@@ -344,25 +344,13 @@ class PairedDiscriminants:
         return LeaveOneOutScores(scores, log_prior, ones.to(x), w * defined)
 
 
-def _inverse(matrix: Tensor, mu: float, floor: float) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if not int(info):
-        inverse = torch.cholesky_inverse(factor)
-        # Its norm is one over the smallest eigenvalue; under the rounding floor that is noise.
-        if float(inverse.norm()) * floor < 1:
-            return inverse
-    raise ValueError(
-        f"The within-class scatter is singular at ridge {mu:.3g}: use a larger Ridge, GCV(), or readout='regression'."
-    )
-
-
-def _metric_bound(spectrum: Spectrum, precision_norm: Tensor, solved: Tensor) -> float:
-    """Bound of the relative error of A M, where A is an inverse of this norm and M the class means."""
+def _metric_bound(spectrum: Spectrum, precision_norm: float, solved: Tensor) -> float:
+    """Bound of the relative error of A M, where A is an inverse of at most this norm and M the class means."""
     size = float(solved.norm())
     if not size:
         return 0.0 if spectrum.full else math.inf
-    spread = spectrum.floor * float(precision_norm)
-    means = spectrum.floor * math.sqrt(spectrum.value_trace / spectrum.largest) * float(precision_norm) / size
+    spread = spectrum.floor * precision_norm
+    means = spectrum.floor * math.sqrt(spectrum.value_trace / spectrum.largest) * precision_norm / size
     return 2 * (spread + means) / (1 - spread) if spread < 1 else math.inf
 
 

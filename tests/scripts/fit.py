@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_faast import FaastCallback
+from lightning_faast import FaastCallback, FastWeights
 from lightning_faast.associative import save_statistics
 from tests.projects import examples, plain
 
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--loader", default="plain")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--save-statistics", action="store_true")
+    parser.add_argument("--fast-weights", action="store_true")
     parser.add_argument("--die-after", type=int)
     parser.add_argument("--ckpt-path")
     args = parser.parse_args()
@@ -70,6 +71,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pl.seed_everything(5)
     module = plain(pl)()
+    if args.fast_weights:
+        module.net["fc"] = FastWeights(16, 3, normalize=True)
     if int(os.environ.get("LOCAL_RANK", 0)):  # a project that initializes ranks differently: rank 0's weights must win
         torch.nn.init.normal_(module.net["body"][0].weight)
     callback = FaastCallback(head="net.fc", epochs=args.epochs, save_statistics=args.save_statistics)
@@ -91,7 +94,12 @@ def main() -> None:
     trainer.fit(module, train_loader(args.loader, args.rows), val, ckpt_path=args.ckpt_path)
     assert callback.learner is not None
     torch.save(
-        {"weight": module.net["fc"].weight.data, "val_acc": trainer.callback_metrics["val_acc"], **callback.metrics},
+        {
+            "weight": module.net["fc"].weight.data,
+            "logits": module(examples(20)[0].double()),
+            "val_acc": trainer.callback_metrics["val_acc"],
+            **callback.metrics,
+        },
         args.out.with_suffix(f".rank{trainer.global_rank}.pt"),
     )
     if trainer.is_global_zero:
