@@ -96,7 +96,7 @@ def main() -> None:
     torch.save(
         {
             "weight": module.net["fc"].weight.data,
-            "logits": module(examples(20)[0].double()),
+            "logits": module.eval()(examples(20)[0].double()),
             "val_acc": trainer.callback_metrics["val_acc"],
             **callback.metrics,
         },
