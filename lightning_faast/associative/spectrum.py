@@ -50,16 +50,17 @@ class Spectrum:
     def from_statistics(cls, statistics: SufficientStatistics, *, centered: bool) -> Spectrum:
         """From the sums alone: d x d, whatever N was."""
         n = statistics.count
-        gram, cross = statistics.gram, statistics.cross
+        gram, cross = statistics.lower_gram, statistics.cross  # eigh reads no more of it
         trace = statistics.value_trace
         key_mean, value_mean, scale = _means(statistics, centered)
         if centered:
             gram = torch.addr(gram, key_mean, key_mean, alpha=-n)
             cross = torch.addr(cross, key_mean, value_mean, alpha=-n)
             trace = max(0.0, trace - n * float(value_mean @ value_mean))
-        if not bool(gram.isfinite().all() & cross.isfinite().all()):
+        # |G_ij|^2 <= G_ii G_jj: where the diagonal is finite, all of it is.
+        if not bool(gram.diagonal().sum().isfinite() & cross.sum().isfinite()):
             raise ValueError("The sums have overflowed: scale the keys and values down.")
-        eigenvalues, basis = torch.linalg.eigh(gram)
+        eigenvalues, basis = torch.linalg.eigh(gram, UPLO="L")
         eigenvalues, basis = eigenvalues.flip(0), basis.flip(1)
         floor = _floor(gram.shape[0], n, eigenvalues, scale)
         kept = int((eigenvalues > floor).sum())

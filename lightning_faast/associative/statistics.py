@@ -93,8 +93,12 @@ class SufficientStatistics:
     @property
     def gram(self) -> Tensor:
         """G = K^T K, [d, d] float64."""
-        lower = self._read("gram")
-        return lower.tril() + lower.tril(-1).T
+        return self.lower_gram.tril() + self.lower_gram.tril(-1).T
+
+    @property
+    def lower_gram(self) -> Tensor:
+        """G as it is summed, [d, d] float64: only the lower triangle, diagonal included, means anything."""
+        return self._read("gram")
 
     @property
     def cross(self) -> Tensor:
