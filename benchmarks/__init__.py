@@ -1,0 +1,1 @@
+"""Benchmarks of lightning_faast against named peers: ``python -m benchmarks --help``."""
