@@ -3,6 +3,7 @@
 The verbs themselves are :class:`~lightning_faast.lightning_cli.FaastCLI`, imported only when one of them runs.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_faast.lightning_cli import FaastCLI
 
 __all__ = ["FaastCLI", "main", "shipped_configs"]
+
+_TRACEBACK = "LIGHTNING_FAAST_TRACEBACK"
 
 VERBS = {
     "fit": "solve the head in one pass over the training data, and end with an accuracy",
@@ -129,8 +132,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The arguments after the program's name; those of the process where nothing is given.
 
     Returns:
-        The exit status: 0, or 2 where the verb is unknown. Unknown files and wrong options end the process with
-        status 2, as in argparse.
+        The exit status: 0; 1 after an error of this package, of which only the message is printed (the traceback too
+        where the environment variable LIGHTNING_FAAST_TRACEBACK is set); 2 where the verb is unknown. Unknown files
+        and wrong options end the process with status 2, as in argparse.
 
     Example::
 
@@ -151,5 +155,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
     from lightning_faast.lightning_cli import FaastCLI  # only now: torch and Lightning take seconds to import
 
-    FaastCLI(args)
+    try:
+        FaastCLI(args)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) or not _is_meant_for_the_user(error):
+            raise
+        print(f"error: {error}\n({_TRACEBACK}=1 shows where.)", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_meant_for_the_user(error: BaseException) -> bool:
+    """Whether the error was raised by this package, whose messages say what to do, and not somewhere below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
+    return Path(__file__).parent in raised_in.parents and not isinstance(error, AssertionError)

@@ -15,6 +15,8 @@ from lightning_faast.associative import FastWeights
 
 # Where the number of classes stands in a checkpoint: the head must be built before its weights can be loaded.
 _NUM_CLASSES_KEY = "lightning_faast.num_classes"
+# Their names, so that a checkpoint is not tested on data whose classes come in another order.
+_CLASS_NAMES_KEY = "lightning_faast.class_names"
 
 
 class FaastModule(LightningModule):
@@ -212,14 +214,24 @@ class FaastModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the number of classes, from which a new module builds its head."""
+        """Store the number of classes, from which a new module builds its head, and their names."""
         checkpoint[_NUM_CLASSES_KEY] = self.num_classes
+        checkpoint[_CLASS_NAMES_KEY] = self._class_names()
+
+    def _class_names(self) -> list[str] | None:
+        """Names of the classes of the data that run, where the datamodule has them."""
+        try:
+            datamodule = getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # no trainer, as in load_from_checkpoint
+            return None
+        names = getattr(datamodule, "class_names", None)
+        return None if names is None else [str(name) for name in names]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the head before its weights are loaded.
 
         Raises:
-            ValueError: If the checkpoint was written for another number of classes.
+            ValueError: If the checkpoint was written for another number of classes, or for others.
         """
         saved = checkpoint.get(_NUM_CLASSES_KEY)
         if self.num_classes is None and saved is not None:
@@ -228,4 +240,12 @@ class FaastModule(LightningModule):
             raise ValueError(
                 f"the checkpoint was written for {saved} classes and this module has {self.num_classes}. Use the data "
                 "(or num_classes) of the fit that wrote it."
+            )
+        saved_names, names = checkpoint.get(_CLASS_NAMES_KEY), self._class_names()
+        if saved_names and names and saved_names != names:
+            pairs = zip(saved_names, names, strict=False)
+            index, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint was written for other classes: class {index} was {then!r} and is {now!r} in this "
+                "data. Use the data of the fit that wrote it, with its class names in the same order."
             )

@@ -507,7 +507,7 @@ def test_sharded_strategies_are_refused(lightning: ModuleType, strategy: str) ->
         (lambda x, y: (x.index_fill(0, torch.tensor([40]), float("nan")), y), "Batch 2 .*keys hold NaN"),
         (lambda x, y: (x.index_fill(0, torch.tensor([99]), float("inf")), y), "Batch 6 .*keys hold NaN or infinite"),
         (lambda x, y: (x, y.index_fill(0, torch.tensor([70]), 3)), r"Batch 4 .*label is outside \[0, 3\)"),
-        (lambda x, y: (x, y.clamp(max=1)), "1 of 3 classes has no row: 2"),
+        (lambda x, y: (x, y.clamp(max=1)), "1 of 3 classes without a row: 2"),
     ],
 )
 def test_bad_data_is_refused_naming_the_batch(tmp_path: Path, lightning: ModuleType, change: Any, message: str) -> None:

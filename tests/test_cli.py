@@ -37,11 +37,11 @@ class Encoder(nn.Module):
 class Blobs(LightningDataModule):
     """Three classes around three centers; ``path`` stands for a place on disk."""
 
-    def __init__(self, path: str = "hub/name", rows: int = 120, val: bool = False):
+    def __init__(self, path: str = "hub/name", rows: int = 120, val: bool = False, names: str = "abc"):
         super().__init__()
         self.path, self.rows, self.val = path, rows, val
         self.num_classes: int | None = None
-        self.class_names = ["a", "b", "c"]
+        self.class_names = list(names)
 
     def setup(self, stage):
         self.num_classes = 3
@@ -196,7 +196,7 @@ def test_text_and_urls_are_left_alone(text):
 
 def test_options_in_short_form_reach_nested_arguments(capsys, recipe):
     config = parsed(capsys, "fit", "--config", recipe, "--data.path=DIR", "--model.encoder.checkpoint_path=FILE")
-    assert config["data"]["init_args"] == {"path": "DIR", "rows": 120, "val": False}
+    assert config["data"]["init_args"] == {"path": "DIR", "rows": 120, "val": False, "names": "abc"}
     assert config["model"]["encoder"]["init_args"] == {"width": 8, "checkpoint_path": "FILE"}
 
 
@@ -279,6 +279,27 @@ def test_options_win_over_the_checkpoint(recipe):
     (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
     cli = FaastCLI(["test", "--config", recipe, f"--ckpt_path={checkpoint}", "--model.encoder.checkpoint_path=OTHER"])
     assert cli.model.encoder.checkpoint_path == "OTHER"
+
+
+def test_a_checkpoint_of_other_classes_is_refused(capsys, recipe):
+    main(["fit", "--config", recipe])
+    (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
+    assert main(["test", "--config", recipe, f"--ckpt_path={checkpoint}", "--data.names=acb"]) == 1
+    assert "class 1 was 'b' and is 'c' in this data" in capsys.readouterr().err
+
+
+def test_errors_of_this_package_end_in_their_message(capsys, recipe, monkeypatch):
+    command = ["fit", "--config", recipe, "--method=null"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "\nerror: nothing to optimize" in f"\n{error}"
+    assert "Traceback" not in error
+    monkeypatch.setenv("LIGHTNING_FAAST_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="nothing to optimize"):
+        main(command)
+    monkeypatch.delenv("LIGHTNING_FAAST_TRACEBACK")
+    with pytest.raises(Exception, match=r"gpu backend|CUDA"):  # Lightning's own errors keep their traceback
+        main(["fit", "--config", recipe, "--trainer.accelerator=cuda"])
 
 
 def test_null_method_trains_a_linear_head_by_backpropagation(recipe):

@@ -143,7 +143,7 @@ class Solver:
             return
         if self.empty_classes == "error":
             shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-            what = "has no row" if task == "classes" else "has only zeros or only ones"
+            what = "without a row" if task == "classes" else "with only zeros or only ones"
             raise ValueError(
                 f"{len(empty)} of {len(counts)} classes {what}: {shown}. Add examples, lower out_features, "
                 "or use empty_classes='mask' to give such classes probability 0."

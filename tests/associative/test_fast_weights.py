@@ -210,7 +210,7 @@ def test_bad_priors_are_refused(prior):
 def test_an_empty_class_is_refused_or_masked(readout):
     keys, labels = blobs(100, 5, 3)
     labels = torch.where(labels > 0, labels + 1, labels)
-    with pytest.raises(ValueError, match=r"1 of 4 classes has no row: 1"):
+    with pytest.raises(ValueError, match=r"1 of 4 classes without a row: 1"):
         FastWeights(readout=readout).fit(keys, labels)
     model = FastWeights(readout=readout, empty_classes="mask").fit(keys, labels)
     assert float(model.predict_proba(100 * torch.randn(50, 5)).double()[:, 1].max()) == 0
@@ -739,7 +739,7 @@ def test_odd_data_gives_finite_answers(shape, classes, kind, readout, bias, seed
     options = {"readout": readout, "bias": bias, "empty_classes": "mask" if bias else "error"}
     models = [FastWeights(None, classes if classes > 1 else None, **options).double() for _ in range(2)]
     if empty and not bias:
-        with pytest.raises(ValueError, match="no row"):
+        with pytest.raises(ValueError, match="without a row"):
             models[0].fit(keys, labels)
         return
     models[0].fit(keys, labels)
