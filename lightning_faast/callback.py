@@ -35,6 +35,9 @@ class FaastCallback(Callback):
     ``val_check_interval``, ``check_val_every_n_epoch``, ``accumulate_grad_batches``) are overridden during the fit,
     named in the log, and restored. What ``training_step`` logs would describe an unsolved head and is dropped.
 
+    Labels come from the batch, as ``training_step`` gets it: a step that itself mixes, permutes or renumbers rows or
+    labels needs ``target``, or that moved to ``on_after_batch_transfer`` or the loader.
+
     Args:
         head: Path of the head in the module, such as ``"net.fc"``: an nn.Linear or :class:`FastWeights`. Where not
             given, the module's only FastWeights, else the last nn.Linear that ran, if that is unambiguous; the log
@@ -315,13 +318,9 @@ class FaastCallback(Callback):
         if trainer.progress_bar_callback is not None:
             rows = self._rows * trainer.world_size
             rate = rows / max(time.perf_counter() - self._started, 1e-9)
-            self._log_progress(pl_module, {"rows": float(rows), "rows/s": rate})
+            trainer.progress_bar_metrics.update({"rows": f"{rows:,}", "rows/s": f"{rate:,.0f}"})
         if trainer.is_last_batch:
             self._solve(trainer, pl_module)
-
-    def _log_progress(self, pl_module: LightningModule, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            type(pl_module).log(pl_module, name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Solve here where the epoch ended without a last batch (``on_train_batch_start`` returned -1)."""

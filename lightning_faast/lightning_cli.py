@@ -30,6 +30,10 @@ _EXPECTED_IN_ONE_PASS = (
     r"The number of training batches .* is smaller than the logging interval",
     r"Total length of `list` across ranks is zero",  # no validation split
 )
+# ... and of these when a checkpoint is only evaluated, in a run of its own and without the method that wrote it.
+_EXPECTED_OF_A_CHECKPOINT = (r"Be aware that when using `ckpt_path`", r"The dirpath has changed from")
+# Lightning 2.6 calls what torch 2.14 deprecates, once in every stage.
+warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
 
 
 def run_directory(logger: Logger) -> str:
@@ -147,12 +151,29 @@ class FaastCLI(LightningCLI):
                     warnings.filterwarnings("ignore", message)
             self.trainer.fit(model, **kwargs)
 
+    def _before_evaluation(self) -> None:
+        """Refuse to measure a head that nothing has solved or trained; leave out what Lightning says of our own file.
+
+        Raises:
+            ValueError: Without a checkpoint.
+        """
+        if self.config_init[self.subcommand].ckpt_path is None:
+            raise ValueError(
+                f"{self.subcommand} needs a solved head: give --ckpt_path=FILE, a checkpoint that fit wrote "
+                "(logs/version_N/checkpoints/NAME.ckpt)."
+            )
+        for message in _EXPECTED_OF_A_CHECKPOINT:
+            warnings.filterwarnings("ignore", message)
+
+    before_validate = before_test = before_predict = _before_evaluation
+
     def after_fit(self) -> None:
-        """End with an accuracy, of the test split where nothing was validated."""
+        """End with an accuracy: of the test split where nothing was validated, or leave-one-out without either."""
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             self._say(f"checkpoint {checkpoint.best_model_path}")  # before the test, which may fail
-        if "val/accuracy" not in self.trainer.callback_metrics:
+        splits = getattr(self.datamodule, "test_split", True)
+        if "val/accuracy" not in self.trainer.callback_metrics and splits is not None:
             self.trainer.test(self.model, datamodule=self.datamodule)
         self._say_accuracy()
 
@@ -185,9 +206,11 @@ class FaastCLI(LightningCLI):
         self._say(f"predictions of {len(rows['label'])} rows (label, probabilities) in {path}")
 
     def _say_accuracy(self) -> None:
-        for name in ("val/accuracy", "test/accuracy"):
-            if name in self.trainer.callback_metrics:
-                self._say(f"{name} {self.trainer.callback_metrics[name]:.3f}")
+        measured = self.trainer.callback_metrics
+        names = [name for name in ("val/accuracy", "test/accuracy") if name in measured]
+        for name in names or ["faast/leave_one_out_accuracy"]:
+            if name in measured:
+                self._say(f"{name} {measured[name]:.3f}")
 
     def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:

@@ -37,11 +37,14 @@ class Encoder(nn.Module):
 class Blobs(LightningDataModule):
     """Three classes around three centers; ``path`` stands for a place on disk."""
 
-    def __init__(self, path: str = "hub/name", rows: int = 120, val: bool = False, names: str = "abc"):
+    def __init__(
+        self, path: str = "hub/name", rows: int = 120, val: bool = False, names: str = "abc", test: bool = True
+    ):
         super().__init__()
         self.path, self.rows, self.val = path, rows, val
         self.num_classes: int | None = None
         self.class_names = list(names)
+        self.test_split = "test" if test else None
 
     def setup(self, stage):
         self.num_classes = 3
@@ -196,7 +199,7 @@ def test_text_and_urls_are_left_alone(text):
 
 def test_options_in_short_form_reach_nested_arguments(capsys, recipe):
     config = parsed(capsys, "fit", "--config", recipe, "--data.path=DIR", "--model.encoder.checkpoint_path=FILE")
-    assert config["data"]["init_args"] == {"path": "DIR", "rows": 120, "val": False, "names": "abc"}
+    assert config["data"]["init_args"] == {"path": "DIR", "rows": 120, "val": False, "names": "abc", "test": True}
     assert config["model"]["encoder"]["init_args"] == {"width": 8, "checkpoint_path": "FILE"}
 
 
@@ -286,6 +289,19 @@ def test_a_checkpoint_of_other_classes_is_refused(capsys, recipe):
     (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
     assert main(["test", "--config", recipe, f"--ckpt_path={checkpoint}", "--data.names=acb"]) == 1
     assert "class 1 was 'b' and is 'c' in this data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_head_that_nothing_solved_is_not_measured(capsys, recipe, verb):
+    assert main([verb, "--config", recipe]) == 1
+    assert f"error: {verb} needs a solved head: give --ckpt_path=FILE" in capsys.readouterr().err
+
+
+def test_fit_without_any_evaluation_split_ends_with_the_leave_one_out_accuracy(capsys, recipe):
+    assert main(["fit", "--config", recipe, "--data.test=false"]) == 0
+    name, accuracy = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert name == "faast/leave_one_out_accuracy"
+    assert float(accuracy) > 0.8
 
 
 def test_errors_of_this_package_end_in_their_message(capsys, recipe, monkeypatch):

@@ -392,11 +392,18 @@ class FastWeights(nn.Module):
             raise RuntimeError("FastWeights is not fitted: call fit(keys, values), or load a fitted state_dict.")
         return "multilabel" if self.out_features == 1 else "classes"
 
+    def _checked(self, keys: Tensor) -> Tensor:
+        if not isinstance(keys, Tensor):
+            raise TypeError(f"keys must be a torch.Tensor, got {type(keys).__name__}: use torch.as_tensor.")
+        if keys.ndim == 0 or keys.shape[-1] != self.in_features:
+            raise ValueError(f"keys must be [..., {self.in_features}], as in the fit, got {tuple(keys.shape)}.")
+        return keys
+
     @torch.no_grad()
     def predict(self, keys: Tensor) -> Tensor:
         """Labels [N]; 0/1 decisions [N, c] for multi-hot values ([N] for one column); outputs for a regression."""
         task = self._solved_task()
-        logits = self(keys)
+        logits = self(self._checked(keys))
         if task == "classes":
             return logits.argmax(-1)
         if task == "multilabel":
@@ -413,7 +420,7 @@ class FastWeights(nn.Module):
         task = self._solved_task()
         if task in ("regression", "distribution"):
             raise RuntimeError(f"predict_proba needs class labels; this was fitted to a {task}. Use predict(keys).")
-        logits = self(keys)
+        logits = self(self._checked(keys))
         return logits.sigmoid() if task == "multilabel" else logits.softmax(-1)
 
     @torch.no_grad()
