@@ -318,7 +318,8 @@ class FaastCallback(Callback):
         if trainer.progress_bar_callback is not None:
             rows = self._rows * trainer.world_size
             rate = rows / max(time.perf_counter() - self._started, 1e-9)
-            trainer.progress_bar_metrics.update({"rows": f"{rows:,}", "rows/s": f"{rate:,.0f}"})
+            shown: Any = trainer.progress_bar_metrics  # declared as numbers; bars print text as it is
+            shown.update({"rows": f"{rows:,}", "rows/s": f"{rate:,.0f}"})
         if trainer.is_last_batch:
             self._solve(trainer, pl_module)
 

@@ -207,10 +207,11 @@ class FaastCLI(LightningCLI):
 
     def _say_accuracy(self) -> None:
         measured = self.trainer.callback_metrics
-        names = [name for name in ("val/accuracy", "test/accuracy") if name in measured]
-        for name in names or ["faast/leave_one_out_accuracy"]:
-            if name in measured:
-                self._say(f"{name} {measured[name]:.3f}")
+        names: list[str] = [name for name in ("val/accuracy", "test/accuracy") if name in measured]
+        if not names and "faast/leave_one_out_accuracy" in measured:
+            names.append("faast/leave_one_out_accuracy")
+        for name in names:
+            self._say(f"{name} {measured[name]:.3f}")
 
     def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:
