@@ -194,9 +194,9 @@ class FaastCallback(Callback):
             self._learner = head
         else:
             assert isinstance(head, nn.Linear)
-            self._learner = FastWeights(
-                head.in_features, head.out_features, bias=head.bias is not None, **self._options
-            )
+            learner = FastWeights(head.in_features, head.out_features, bias=head.bias is not None, **self._options)
+            # Where the head is: a process that sees no row takes part in the sums with tensors of that device.
+            self._learner = learner.to(head.weight.device)
         self._name, self._module = name, head
         self._capture = KeyCapture(name, head)
 
@@ -222,8 +222,8 @@ class FaastCallback(Callback):
         self._stopwatch = reporting.Stopwatch(pl_module.device)
         self._started = time.perf_counter()
         self._rows = 0
-        if going_on and self._learner is not None:
-            self._resume(trainer)
+        if going_on:
+            self._resume(trainer, pl_module)
 
     def _check_resumable(self, trainer: Trainer, loader: Any) -> None:
         if takeover.restarted_mid_epoch(trainer) and not hasattr(loader, "load_state_dict"):
@@ -238,10 +238,12 @@ class FaastCallback(Callback):
                 "FaastCallback(save_statistics=True) for passes that may be resumed, or start again without ckpt_path."
             )
 
-    def _resume(self, trainer: Trainer) -> None:
+    def _resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from restored statistics, held by rank 0 alone: every other process would count them again."""
-        assert self._learner is not None
         assert self._restored is not None
+        if self._learner is None:  # the head that the first step found before the checkpoint was written
+            self._use_head(pl_module, self._restored["head"], named_head(pl_module, self._restored["head"]))
+        assert self._learner is not None
         self._learner.reset()
         if trainer.is_global_zero:
             self._learner.load_learned_state(self._restored["statistics"])
@@ -268,8 +270,8 @@ class FaastCallback(Callback):
             self._use_head(self._eval_mode.module, name, head)  # type: ignore[arg-type]
             rank_zero_info(f"FAAST: the head is {name!r}, the last nn.Linear that ran.")
         else:
-            self._capture.clear()
-            output = step()
+            with self._capture:
+                output = step()
             keys = self._capture.take()
         with self._stopwatch:
             self._add(keys, find_target(batch, self.target))
@@ -300,16 +302,8 @@ class FaastCallback(Callback):
             counted = values[:, 0] != self.ignore_index
             keys, values, positions = keys[counted], values[counted], positions[counted.cpu()]
         if len(keys):
-            self._learner.update(keys, self._as_values(values), positions=positions)
+            self._learner.update(keys, values, positions=positions)
             self._rows += len(keys)
-
-    def _as_values(self, values: Tensor) -> Tensor:
-        """Labels [N] for one integer column under several outputs; else values [N, c] as they are."""
-        assert self._learner is not None
-        integer = not values.is_floating_point() and values.dtype != torch.bool
-        if values.shape[1] == 1 and integer and self._learner.out_features != 1:
-            return values[:, 0]
-        return values
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -340,7 +334,7 @@ class FaastCallback(Callback):
         statistics = self._stopwatch.seconds()
         start = time.perf_counter()
         if trainer.world_size > 1:
-            _merge_processes(learner, pl_module.device)
+            _merge_processes(learner)
         seen = learner.statistics.rows
         self.solution = learner.solve()
         self._write()
@@ -449,12 +443,16 @@ class FaastCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives; with ``save_statistics`` the sums of all processes as well. Called on every rank."""
-        state: dict[str, Any] = {"solved": self._solved, "local_rows": self._counter.local_rows}
+        state: dict[str, Any] = {
+            "solved": self._solved,
+            "head": self._name,
+            "local_rows": self._counter.local_rows,
+        }
         if self.save_statistics and self._learner is not None:
             learner = FastWeights(self._learner.in_features, self._learner.out_features, **self._reservoir_options())
             learner.load_learned_state(self._learner.learned_state())
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                _merge_processes(learner, self._learner.statistics.device or torch.device("cpu"))
+                _merge_processes(learner.to(self._learner.weight.device))
             state["statistics"] = learner.learned_state()
         return state
 
@@ -467,7 +465,7 @@ class FaastCallback(Callback):
         self._restored = state_dict
 
 
-def _merge_processes(learner: FastWeights, device: torch.device) -> None:
+def _merge_processes(learner: FastWeights) -> None:
     learner.reduce(distributed.sum_over_processes, distributed.gather_from_processes)
 
 

@@ -19,21 +19,19 @@ _MONOTONE = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
 
 
 def named_head(module: nn.Module, name: str) -> nn.Module:
-    """The submodule called ``name``, checked to be one that can be solved.
+    """The submodule called ``name``.
 
     Raises:
-        ValueError: Where there is none (the candidates are listed), or it cannot be solved.
+        ValueError: Where there is none; the candidates are listed.
     """
     try:
-        head = module.get_submodule(name)
+        return module.get_submodule(name)
     except AttributeError:
         candidates = [n for n, m in module.named_modules() if type(m) in (nn.Linear, FastWeights)]
         shown = ", ".join(candidates[-20:]) if candidates else "none"
         raise ValueError(
             f"head={name!r} is no submodule of {type(module).__name__}. Linear layers and FastWeights in it: {shown}."
         ) from None
-    check_head(module, name, head)
-    return head
 
 
 def declared_head(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -131,20 +129,30 @@ class LastLinear:
         if len(self._linears) == 2 and self._linears[0][1] is keys and self._linears[0][0] is not layer:
             other = self._names[id(self._linears[0][0])]
             raise ValueError(f"{other!r} and {name!r} read the same input, so either may be the head. {how}")
-        check_head(self.module, name, layer)
         return name, layer, keys
 
 
 class KeyCapture:
-    """Remembers the input of a head while a step runs."""
+    """Remembers the input of a head while a step runs, and only then: validation has inputs too, and many.
+
+    Use as a context manager around the step, then :meth:`take` the keys.
+    """
 
     def __init__(self, name: str, head: nn.Module) -> None:
         self.name = name
         self._inputs: list[Tensor] = []
+        self._in_step = False
         self._handle = head.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs.append(args[0] if args else next(iter(kwargs.values())))
+        if self._in_step:
+            self._inputs.append(args[0] if args else next(iter(kwargs.values())))
+
+    def __enter__(self) -> None:
+        self._in_step, self._inputs = True, []
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._in_step = False
 
     def take(self) -> Tensor:
         """The keys of the step that just ran.
@@ -159,10 +167,6 @@ class KeyCapture:
                 "so that each row is counted once."
             )
         return inputs[0]
-
-    def clear(self) -> None:
-        """Forget inputs seen outside a training step (validation)."""
-        self._inputs = []
 
     def remove(self) -> None:
         """Take the hook off the head."""

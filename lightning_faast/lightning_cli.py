@@ -70,7 +70,8 @@ class FaastCLI(LightningCLI):
     ``method`` is a callback or null, ``FaastCallback`` where nothing is said. ``fit`` appends it to the trainer's own
     callbacks; the other verbs do not need it. With null the module trains by backpropagation.
 
-    ``fit`` ends with an accuracy: that of the validation split, or of the test split where the data have none.
+    ``fit`` ends with an accuracy: that of the validation split, or of the test split where the data have none, or the
+    leave-one-out estimate where they have neither.
 
     Args:
         args: The command line, from the verb on; that of the process where nothing is given.
@@ -172,8 +173,8 @@ class FaastCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             self._say(f"checkpoint {checkpoint.best_model_path}")  # before the test, which may fail
-        splits = getattr(self.datamodule, "test_split", True)
-        if "val/accuracy" not in self.trainer.callback_metrics and splits is not None:
+        has_test = getattr(self.datamodule, "test_split", True) is not None
+        if "val/accuracy" not in self.trainer.callback_metrics and has_test:
             self.trainer.test(self.model, datamodule=self.datamodule)
         self._say_accuracy()
 

@@ -241,6 +241,17 @@ def test_fast_weights_head_is_found_and_solved_in_place(tmp_path: Path, lightnin
     torch.testing.assert_close(fresh.eval()(inputs), copy.deepcopy(module).eval()(inputs))
 
 
+def test_no_validation_input_is_kept(tmp_path: Path, lightning: ModuleType) -> None:
+    callback = FaastCallback(head="net.fc")
+
+    class Watch(lightning.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            assert callback._capture is not None
+            assert callback._capture._inputs == []
+
+    trainer_in(tmp_path, lightning, callback, Watch()).fit(projects.plain(lightning)(), loader(), loader(seed=1))
+
+
 def test_readout_and_regularization_are_used(tmp_path: Path, lightning: ModuleType) -> None:
     inputs, labels = examples()
     for options in ({"regularization": Ridge(3.0), "readout": "regression"}, {"regularization": PaperRule()}):

@@ -9,9 +9,16 @@ import torch
 from tests.test_distributed import fit, same_sums
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_killed_and_resumed(tmp_path: Path, processes: str) -> None:
-    common = ("--processes", processes, "--loader", "stateful", "--save-statistics")
+@pytest.mark.parametrize(
+    ("processes", "head"),
+    [
+        ("1", ""),
+        pytest.param("1", "net.fc", marks=pytest.mark.slow),
+        pytest.param("2", "net.fc", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(tmp_path: Path, processes: str, head: str) -> None:
+    common = ("--processes", processes, "--loader", "stateful", "--save-statistics", "--head", head)
     killed = fit(tmp_path / "killed", *common, "--die-after", "4")
     assert killed.returncode in (-signal.SIGKILL, 1), killed.stderr[-2000:]
     checkpoint = tmp_path / "killed.half.ckpt"

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--loader", default="plain")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--save-statistics", action="store_true")
+    parser.add_argument("--head", default="net.fc", help="empty: the callback finds it")
     parser.add_argument("--fast-weights", action="store_true")
     parser.add_argument("--die-after", type=int)
     parser.add_argument("--ckpt-path")
@@ -75,7 +76,7 @@ def main() -> None:
         module.net["fc"] = FastWeights(16, 3, normalize=True)
     if int(os.environ.get("LOCAL_RANK", 0)):  # a project that initializes ranks differently: rank 0's weights must win
         torch.nn.init.normal_(module.net["body"][0].weight)
-    callback = FaastCallback(head="net.fc", epochs=args.epochs, save_statistics=args.save_statistics)
+    callback = FaastCallback(head=args.head or None, epochs=args.epochs, save_statistics=args.save_statistics)
     callbacks: list[Any] = [callback]
     if args.die_after:
         callbacks.append(SaveHalfway(str(args.out.with_suffix(".half.ckpt")), args.die_after))
