@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_faast import distributed, reporting, takeover
-from lightning_faast.associative import FastWeights, Regularization, Solution
+from lightning_faast.associative import FastWeights, Learner, Regularization, Solution
 from lightning_faast.capture import KeyCapture, LastLinear, check_head, declared_head, find_target, named_head
 
 #: Options of FastWeights that make the layer non-linear in its input, or blend in weights an nn.Linear does not have.
@@ -39,8 +40,9 @@ class FaastCallback(Callback):
     labels needs ``target``, or that moved to ``on_after_batch_transfer`` or the loader.
 
     Args:
-        head: Path of the head in the module, such as ``"net.fc"``: an nn.Linear or :class:`FastWeights`. Where not
-            given, the module's only FastWeights, else the last nn.Linear that ran, if that is unambiguous; the log
+        head: Path of the head in the module, such as ``"net.fc"``: an nn.Linear, or a
+            :class:`~lightning_faast.associative.Learner` such as :class:`FastWeights` or a memory. Where not
+            given, the module's only such head, else the last nn.Linear that ran, if that is unambiguous; the log
             names it.
         regularization: For an nn.Linear head; GCV where not given. A FastWeights head has its own.
         readout: For an nn.Linear head: ``"auto"``, ``"discriminant"`` or ``"regression"``; ``"auto"`` where not given.
@@ -54,7 +56,8 @@ class FaastCallback(Callback):
             ``empty_classes``, ``reservoir_size``, ``seed``.
 
     Attributes:
-        solution: :class:`~lightning_faast.associative.Solution` of the last fit.
+        solution: :class:`~lightning_faast.associative.Solution` of the last fit; None where the head is not fast
+            weights.
         metrics: The figures of the closing line, as logged under ``faast/...``.
 
     Raises:
@@ -122,16 +125,16 @@ class FaastCallback(Callback):
         """Drop what belongs to one fit."""
         self._name: str | None = None
         self._module: nn.Module | None = None  # the head
-        self._learner: FastWeights | None = None
+        self._learner: Learner | None = None
         self._capture: KeyCapture | None = None
         self._counter = distributed.RowCounter()
         self._solved = False
 
     @property
-    def learner(self) -> FastWeights | None:
-        """What learns the head: the FastWeights head itself, or fast weights beside an nn.Linear.
+    def learner(self) -> Learner | None:
+        """What learns the head: a one-pass head itself, or fast weights beside an nn.Linear.
 
-        Its ``statistics`` can be saved, merged and subtracted. With several processes rank 0's holds all rows.
+        The ``statistics`` of fast weights can be saved, merged and subtracted. With several processes rank 0's holds all rows.
         """
         return self._learner
 
@@ -180,16 +183,17 @@ class FaastCallback(Callback):
     def _use_head(self, pl_module: LightningModule, name: str, head: nn.Module) -> None:
         """Settle on a head, and on what learns it: itself, or fast weights beside an nn.Linear."""
         check_head(pl_module, name, head)
-        if isinstance(head, FastWeights):
+        if isinstance(head, Learner):
+            kind = type(head).__name__
             if head.in_features is None or head.out_features is None:
                 raise ValueError(
-                    f"head {name!r} is a FastWeights without sizes, which cannot run before it is solved: write "
-                    "FastWeights(in_features, out_features, ...)."
+                    f"head {name!r} is a {kind} without sizes, which cannot run before it is solved: write "
+                    f"{kind}(in_features, out_features, ...)."
                 )
             if self._options:
                 raise ValueError(
-                    f"{', '.join(self._options)} given to FaastCallback, but head {name!r} is a FastWeights, which has "
-                    f"its own: set them there, FastWeights({_written(self._options)})."
+                    f"{', '.join(self._options)} given to FaastCallback, but head {name!r} is a {kind}, which has "
+                    f"its own: set them there, {kind}({_written(self._options)})."
                 )
             self._learner = head
         else:
@@ -335,8 +339,9 @@ class FaastCallback(Callback):
         start = time.perf_counter()
         if trainer.world_size > 1:
             _merge_processes(learner)
-        seen = learner.statistics.rows
-        self.solution = learner.solve()
+        seen = learner.rows
+        found = learner.solve()
+        self.solution = found if isinstance(found, Solution) else None
         self._write()
         if trainer.world_size > 1:
             assert self._module is not None
@@ -344,9 +349,9 @@ class FaastCallback(Callback):
         solve = time.perf_counter() - start
         self._solved = True
         takeover.count_one_step(trainer)
-        self.metrics = reporting.figures(self.solution, learner, seen, encode - statistics, statistics, solve)
+        self.metrics = reporting.figures(learner, seen, encode - statistics, statistics, solve)
         if trainer.world_size > 1 and not trainer.is_global_zero:
-            learner.reset()  # the sums of all processes live on rank 0; kept here too, they would be counted again
+            learner.reset()  # the rows of all processes live on rank 0; kept here too, they would be counted again
         self._report(trainer)
 
     def _write(self) -> None:
@@ -354,7 +359,7 @@ class FaastCallback(Callback):
         learner, head = self._learner, self._module
         if learner is head or learner is None:
             return
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, nn.Linear) and isinstance(learner, FastWeights)
         weight, bias = learner.linear()
         with torch.no_grad():
             head.weight.copy_(weight)
@@ -369,10 +374,10 @@ class FaastCallback(Callback):
     # ------------------------------------------------------------------ reporting
 
     def _report(self, trainer: Trainer) -> None:
-        assert self.solution is not None
+        assert self._learner is not None
         expected = self._counter.length if self.epochs == 1 else None
-        rank_zero_info(reporting.closing_line(self.solution, self.metrics, expected, self._stopwatch.device))
-        if self.solution.below_floor:
+        rank_zero_info(reporting.closing_line(self._learner, self.metrics, expected, self._stopwatch.device))
+        if self.solution is not None and self.solution.below_floor:
             rank_zero_warn(
                 "The truncation threshold lies under the rounding floor of the statistics: the floor decided instead."
             )
@@ -449,23 +454,19 @@ class FaastCallback(Callback):
             "local_rows": self._counter.local_rows,
         }
         if self.save_statistics and self._learner is not None:
-            learner = FastWeights(self._learner.in_features, self._learner.out_features, **self._reservoir_options())
-            learner.load_learned_state(self._learner.learned_state())
+            learner = self._learner
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                _merge_processes(learner.to(self._learner.weight.device))
+                learner = copy.deepcopy(learner)  # this process goes on with its own rows
+                _merge_processes(learner)
             state["statistics"] = learner.learned_state()
         return state
-
-    def _reservoir_options(self) -> dict[str, Any]:
-        assert self._learner is not None
-        return {"reservoir_size": self._learner.reservoir_size, "seed": self._learner.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the fit starts."""
         self._restored = state_dict
 
 
-def _merge_processes(learner: FastWeights) -> None:
+def _merge_processes(learner: Learner) -> None:
     learner.reduce(distributed.sum_over_processes, distributed.gather_from_processes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_faast.associative import FastWeights
+from lightning_faast.associative import Learner
 
 #: Where labels usually are in a dict batch, in the order in which they are looked for.
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
@@ -27,23 +27,23 @@ def named_head(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
-        candidates = [n for n, m in module.named_modules() if type(m) in (nn.Linear, FastWeights)]
+        candidates = [n for n, m in module.named_modules() if type(m) is nn.Linear or isinstance(m, Learner)]
         shown = ", ".join(candidates[-20:]) if candidates else "none"
         raise ValueError(
-            f"head={name!r} is no submodule of {type(module).__name__}. Linear layers and FastWeights in it: {shown}."
+            f"head={name!r} is no submodule of {type(module).__name__}. Linear layers and one-pass heads in it: {shown}."
         ) from None
 
 
 def declared_head(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The only :class:`FastWeights` of a module, if it has one.
+    """The only head of a module that learns in one pass, if it has one.
 
     Raises:
         ValueError: Where there are several.
     """
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, FastWeights)]
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, Learner)]
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
-        raise ValueError(f"{type(module).__name__} has several FastWeights ({names}): say which with head=NAME.")
+        raise ValueError(f"{type(module).__name__} has several one-pass heads ({names}): say which with head=NAME.")
     return found[0] if found else None
 
 
@@ -53,7 +53,7 @@ def check_head(module: nn.Module, name: str, head: nn.Module) -> None:
     Raises:
         ValueError: Saying why.
     """
-    if isinstance(head, FastWeights):
+    if isinstance(head, Learner):
         return
     if type(head) is not nn.Linear:
         raise ValueError(

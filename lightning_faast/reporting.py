@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_faast.associative import FastWeights, Solution
+from lightning_faast.associative import Learner
 
 
 class Stopwatch:
@@ -41,57 +41,44 @@ class Stopwatch:
         return self._seconds
 
 
-def figures(
-    solution: Solution, learner: FastWeights, rows: int, encode: float, statistics: float, solve: float
-) -> dict[str, float]:
+def figures(learner: Learner, rows: int, encode: float, statistics: float, solve: float) -> dict[str, float]:
     """The figures of a pass by their logged names.
 
     Args:
-        solution: What was found.
-        learner: What learnt it.
+        learner: What learnt.
         rows: Rows seen, over all processes.
         encode: Seconds from the start of the pass to its last batch, less ``statistics``: encoder and data loading.
-        statistics: Seconds in the sums.
+        statistics: Seconds in the updates of the learner.
         solve: Seconds in the solve, leave-one-out scores included.
     """
-    choice = solution.regularization
     named = {
         "rows": rows,
-        "key_width": solution.weight.shape[1],
-        "outputs": solution.weight.shape[0],
-        "effective_rank": solution.effective_rank,
-        "ridge" if choice.kind == "ridge" else "tolerance": choice.value,
-        "at_edge": choice.at_edge,
-        "temperature": solution.temperature,
-        "r_squared": solution.r_squared,
-        "rounding_bound": solution.error_bound,
+        "key_width": learner.in_features or 0,
+        "outputs": learner.out_features or 0,
         "seconds_encode": encode,
         "seconds_statistics": statistics,
         "seconds_solve": solve,
         "bytes_to_update": learner.bytes_to_update,
         "bytes_to_predict": learner.bytes_to_predict,
-        "leave_one_out_accuracy": solution.leave_one_out_accuracy,
-        "leave_one_out_loss": solution.leave_one_out_loss,
+        **learner.figures(),
     }
-    return {f"faast/{name}": float(value) for name, value in named.items() if value is not None}
+    return {f"faast/{name}": float(value) for name, value in named.items()}
 
 
-def closing_line(solution: Solution, figures: dict[str, float], expected_rows: int | None, device: torch.device) -> str:
+def closing_line(learner: Learner, figures: dict[str, float], expected_rows: int | None, device: torch.device) -> str:
     """One line at the end of the pass.
 
     Args:
-        solution: What was found.
+        learner: What learnt.
         figures: As :func:`figures` gives them.
         expected_rows: Rows of the data set, where known: ``drop_last`` and limits lose some.
         device: Where the keys were.
     """
     f = {name.removeprefix("faast/"): value for name, value in figures.items()}
     of = "" if expected_rows is None else f" of {expected_rows:,}"
-    accuracy = solution.leave_one_out_accuracy
     parts = [
         f"{int(f['rows']):,}{of} rows, d {int(f['key_width'])}, c {int(f['outputs'])}",
-        f"{solution.readout}, {solution.regularization}, effective rank {solution.effective_rank:.0f}",
-        f"leave-one-out accuracy {'n/a' if accuracy is None else f'{accuracy:.3f}'}",
+        learner.summary(),
         f"{f['seconds_encode']:.1f} s encoder, {f['seconds_statistics']:.2f} s statistics, "
         f"{f['seconds_solve']:.2f} s solve",
         f"{f['bytes_to_update'] / 1e6:.1f} MB of state on {device}",

@@ -2,6 +2,7 @@
 
 from lightning_faast.associative.fast_weights import FastWeights
 from lightning_faast.associative.files import load_statistics, save_statistics
+from lightning_faast.associative.learner import Learner
 from lightning_faast.associative.readout import Discriminant, PairedDiscriminants, Regression
 from lightning_faast.associative.regularization import (
     GCV,
@@ -22,6 +23,7 @@ __all__ = [
     "Choice",
     "Discriminant",
     "FastWeights",
+    "Learner",
     "LeaveOneOut",
     "PairedDiscriminants",
     "PaperRule",

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_faast.associative.batches import rows_of_values
+from lightning_faast.associative.learner import Learner
 from lightning_faast.associative.processes import reduced
 from lightning_faast.associative.regularization import GCV, LeaveOneOut, Regularization
 from lightning_faast.associative.reservoir import Reservoir
@@ -22,7 +23,7 @@ from lightning_faast.associative.statistics import SufficientStatistics
 _TASKS = ("", *get_args(Task))
 
 
-class FastWeights(nn.Module):
+class FastWeights(Learner):
     r"""Fast weights: a linear map from keys to values, solved in closed form from one pass over them.
 
     Args:
@@ -237,6 +238,11 @@ class FastWeights(nn.Module):
             keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
             keys = keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
         return keys, values, weights
+
+    @property
+    def rows(self) -> int:
+        """Rows in the statistics."""
+        return self.statistics.rows
 
     def partial_fit(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> FastWeights:
         """Add rows; :meth:`predict` and its kin solve again when they are next called. Returns itself."""
@@ -493,6 +499,41 @@ class FastWeights(nn.Module):
     def bytes_to_update(self) -> int:
         """Bytes of what learning on needs: the sums (G as a packed triangle) and the reservoir."""
         return self.statistics.num_bytes + self.reservoir.num_bytes
+
+    @property
+    def num_solved(self) -> int:
+        """Numbers in W and b."""
+        return self.weight.numel() + self.bias.numel() * self.has_bias
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the last solve by the names under which they are logged."""
+        solution = self._last_solution()
+        choice = solution.regularization
+        named = {
+            "effective_rank": solution.effective_rank,
+            "ridge" if choice.kind == "ridge" else "tolerance": choice.value,
+            "at_edge": choice.at_edge,
+            "temperature": solution.temperature,
+            "r_squared": solution.r_squared,
+            "rounding_bound": solution.error_bound,
+            "leave_one_out_accuracy": solution.leave_one_out_accuracy,
+            "leave_one_out_loss": solution.leave_one_out_loss,
+        }
+        return {name: float(value) for name, value in named.items() if value is not None}
+
+    def summary(self) -> str:
+        """Read-out, regularization, effective rank and leave-one-out accuracy."""
+        solution = self._last_solution()
+        accuracy = solution.leave_one_out_accuracy
+        return (
+            f"{solution.readout}, {solution.regularization}, effective rank {solution.effective_rank:.0f}; "
+            f"leave-one-out accuracy {'n/a' if accuracy is None else f'{accuracy:.3f}'}"
+        )
+
+    def _last_solution(self) -> Solution:
+        if self.solution is None:
+            raise RuntimeError("FastWeights was not solved in this process: call fit(keys, values) or solve().")
+        return self.solution
 
     def extra_repr(self) -> str:
         """In the manner of nn.Linear."""
