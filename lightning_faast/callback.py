@@ -134,7 +134,8 @@ class FaastCallback(Callback):
     def learner(self) -> Learner | None:
         """What learns the head: a one-pass head itself, or fast weights beside an nn.Linear.
 
-        The ``statistics`` of fast weights can be saved, merged and subtracted. With several processes rank 0's holds all rows.
+        The ``statistics`` of fast weights can be saved, merged and subtracted. With several processes rank 0's holds
+        all rows.
         """
         return self._learner
 
@@ -359,7 +360,8 @@ class FaastCallback(Callback):
         learner, head = self._learner, self._module
         if learner is head or learner is None:
             return
-        assert isinstance(head, nn.Linear) and isinstance(learner, FastWeights)
+        assert isinstance(head, nn.Linear)
+        assert isinstance(learner, FastWeights)
         weight, bias = learner.linear()
         with torch.no_grad():
             head.weight.copy_(weight)

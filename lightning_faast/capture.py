@@ -30,7 +30,8 @@ def named_head(module: nn.Module, name: str) -> nn.Module:
         candidates = [n for n, m in module.named_modules() if type(m) is nn.Linear or isinstance(m, Learner)]
         shown = ", ".join(candidates[-20:]) if candidates else "none"
         raise ValueError(
-            f"head={name!r} is no submodule of {type(module).__name__}. Linear layers and one-pass heads in it: {shown}."
+            f"head={name!r} is no submodule of {type(module).__name__}. Linear layers and one-pass heads in it: "
+            f"{shown}."
         ) from None
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lightning_faast.associative.files import save_tensors
+from lightning_faast.associative.files import save_tensors, write_text
 from lightning_faast.cli import VERBS, find_configs
 from lightning_faast.module import FaastModule
 
@@ -59,9 +59,7 @@ class SaveRunConfig(SaveConfigCallback):
             if not isinstance(logger, CSVLogger | TensorBoardLogger):
                 logger.log_hyperparams(yaml.safe_load(text))  # W&B: config.update(…, allow_val_change=True)
             directory = run_directory(logger)
-            os.makedirs(directory, exist_ok=True)
-            with open(os.path.join(directory, self.config_filename), "w", encoding="utf-8") as file:
-                file.write(text)
+            write_text(os.path.join(directory, self.config_filename), text)
 
 
 class FaastCLI(LightningCLI):

@@ -44,6 +44,9 @@ class FaastModule(LightningModule):
             ``setup``, or the ``out_features`` of a head that is given as a module.
         optimizer: Called with the parameters that require a gradient. Not used with a ``FaastCallback``.
         lr_scheduler: Called with the optimizer, stepped once an epoch. Not used with a ``FaastCallback``.
+        class_embeddings: Whether the value of a class is the embedding of its name: the encoder's
+            ``embed_classes(class_names)`` [c, e], which a CLIP encoder has, is given to ``head`` as
+            ``class_embeddings``. Needs a datamodule with ``class_names``.
 
     Raises:
         TypeError: If the encoder has no integer ``num_features`` or ``head`` does not build an ``nn.Module``.
@@ -73,6 +76,7 @@ class FaastModule(LightningModule):
         num_classes: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        class_embeddings: bool = False,
     ) -> None:
         super().__init__()
         num_features = getattr(encoder, "num_features", None)
@@ -84,6 +88,9 @@ class FaastModule(LightningModule):
         self.encoder = encoder
         self.num_features = num_features
         self.num_classes: int | None = None
+        self._embeds_classes = class_embeddings
+        if class_embeddings:
+            self._check_class_embeddings(head, num_classes)
         self._head_argument = (head,)  # in a tuple: a module given as the head is registered only once, as self.head
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -93,14 +100,26 @@ class FaastModule(LightningModule):
         if num_classes is not None:
             self._build(num_classes)
 
-    def _build(self, num_classes: int) -> None:
+    def _check_class_embeddings(self, head: Any, num_classes: int | None) -> None:
+        if not callable(getattr(self.encoder, "embed_classes", None)):
+            raise ValueError(
+                f"class_embeddings=True needs an encoder that embeds class names, and {type(self.encoder).__name__} "
+                "has no embed_classes. Use lightning_faast.encoders.ClipEncoder, or class_embeddings=False."
+            )
+        if num_classes is not None or isinstance(head, nn.Module):
+            raise ValueError(
+                "class_embeddings=True builds the head when the names of the classes are known: leave num_classes out, "
+                "and give head as a class or function called as head(num_features, num_classes, class_embeddings=...)."
+            )
+
+    def _build(self, num_classes: int, class_names: list[str] | None = None) -> None:
         """Make the head and the metrics for ``num_classes`` classes, once."""
         if self.num_classes is not None:
             return
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes}; expected at least 2 classes. Check the labels of the data.")
         (head,) = self._head_argument
-        built = head if isinstance(head, nn.Module) else head(self.num_features, num_classes)
+        built = head if isinstance(head, nn.Module) else self._make_head(head, num_classes, class_names)
         if not isinstance(built, nn.Module):
             raise TypeError(
                 f"head returned a {type(built).__name__}; expected an nn.Module. Pass a class or function called as "
@@ -124,6 +143,17 @@ class FaastModule(LightningModule):
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
 
+    def _make_head(self, head: Callable[..., Any], num_classes: int, class_names: list[str] | None) -> Any:
+        if not self._embeds_classes:
+            return head(self.num_features, num_classes)
+        if class_names is None:
+            raise ValueError(
+                "class_embeddings=True needs the names of the classes: use a datamodule with class_names "
+                f"({num_classes} of them)."
+            )
+        embeddings = self.encoder.embed_classes(class_names)  # type: ignore[operator]
+        return head(self.num_features, num_classes, class_embeddings=embeddings)
+
     def setup(self, stage: str) -> None:
         """Build the head where only now the data say how many classes there are."""
         if self.num_classes is not None:
@@ -138,7 +168,7 @@ class FaastModule(LightningModule):
                 f"the number of classes is unknown: num_classes=None and {source}. Pass FaastModule(num_classes=…) "
                 "(--model.num_classes=… on the command line) or a datamodule that sets num_classes in setup."
             )
-        self._build(int(num_classes))
+        self._build(int(num_classes), self._class_names())
 
     def _encoder_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.encoder.parameters())
@@ -235,7 +265,7 @@ class FaastModule(LightningModule):
         """
         saved = checkpoint.get(_NUM_CLASSES_KEY)
         if self.num_classes is None and saved is not None:
-            self._build(saved)
+            self._build(saved, checkpoint.get(_CLASS_NAMES_KEY))
         elif saved is not None and saved != self.num_classes:
             raise ValueError(
                 f"the checkpoint was written for {saved} classes and this module has {self.num_classes}. Use the data "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,25 +46,39 @@ def save_statistics(statistics: SufficientStatistics, path: str | os.PathLike[st
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> Path:
     """Write tensors to a safetensors file, whole or not at all; as :func:`save_statistics`."""
-    destination = Path(path)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     state = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    destination = Path(path)
+    try:
+        with atomic_path(destination) as temporary:
+            mode = temporary.stat().st_mode  # as the umask has it; save_file's own can only be read by their owner
+            save_file(state, temporary, metadata=metadata)
+            temporary.chmod(mode)
+    except SafetensorError as error:
+        raise OSError(f"{destination} could not be written: {error}") from error
+    return destination
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a UTF-8 text file, whole or not at all; as :func:`save_statistics`."""
+    destination = Path(path)
+    with atomic_path(destination) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return destination
+
+
+@contextmanager
+def atomic_path(destination: Path) -> Iterator[Path]:
+    """An empty file beside ``destination``, which takes its place when the block ends and is removed if it raises."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # as the umask has it; save_file's own can only be read by their owner
-        save_file(state, temporary, metadata=metadata)
-        temporary.chmod(mode)
+        yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, destination)
-    except SafetensorError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{destination} could not be written: {error}. What was there before is unchanged.") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return destination
 
 
 def load_statistics(

@@ -1,0 +1,1 @@
+"""Comparing methods: encoded once, measured alike, reported together."""
