@@ -25,6 +25,12 @@ VERBS = {
     "predict": "write the probabilities of a checkpoint to a file",
 }
 
+#: Verbs that are no Trainer methods, each with the function of ``evaluation.commands`` that runs it.
+COMMANDS = {
+    "compare": "run methods side by side on one recipe, and report them on one page",
+    "keys": "list or clear the encoded keys that comparisons keep on disk",
+}
+
 _HELP = """\
 lightning-faast {version}: adapt a frozen pretrained model in one forward pass.
 
@@ -37,6 +43,7 @@ examples:
   python -m lightning_faast fit --config recipes/quickstart.yaml
   python -m lightning_faast fit --config recipes/vit_cifar.yaml --config configs/methods/faast_paper.yaml \\
       --data.path=DIR --model.encoder.checkpoint_path=FILE
+  python -m lightning_faast compare --data.path=MYFOLDER
   python -m lightning_faast test --config logs/version_0/config.yaml --ckpt_path logs/version_0/checkpoints/NAME.ckpt
 
 A --config is looked up in the working directory first and then among the shipped files in
@@ -119,7 +126,7 @@ def _help() -> str:
     return _HELP.format(
         version=__version__,
         root=shipped_root(),
-        verbs="\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items()),
+        verbs="\n".join(f"  {verb:<9} {text}" for verb, text in (*VERBS.items(), *COMMANDS.items())),
         recipes="\n".join(f"  {name:<{width}}  {_purpose(name)}" for name in recipes),
         overlays="\n".join(f"  {name:<{width}}  {_purpose(name)}" for name in overlays),
     )
@@ -147,15 +154,18 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"lightning-faast {__version__}")
         return 0
-    if args[0] not in VERBS:
-        print(
-            f"error: {args[0]!r} is not a verb; expected one of {', '.join(VERBS)} first. See --help.", file=sys.stderr
-        )
+    if args[0] not in (*VERBS, *COMMANDS):
+        verbs = ", ".join((*VERBS, *COMMANDS))
+        print(f"error: {args[0]!r} is not a verb; expected one of {verbs} first. See --help.", file=sys.stderr)
         return 2
 
-    from lightning_faast.lightning_cli import FaastCLI  # only now: torch and Lightning take seconds to import
-
     try:
+        if args[0] in COMMANDS:
+            from lightning_faast.evaluation import commands
+
+            return int(getattr(commands, args[0])(args[1:]))
+        from lightning_faast.lightning_cli import FaastCLI  # only now: torch and Lightning take seconds to import
+
         FaastCLI(args)
     except Exception as error:
         if os.environ.get(_TRACEBACK) or not _is_meant_for_the_user(error):

@@ -1,0 +1,150 @@
+"""The verbs of the command line that compare methods."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+_PROGRAM = "python -m lightning_faast"
+
+_COMPARE = """\
+Run methods side by side on one recipe and report accuracy, time and memory.
+
+A method is an overlay of configs/methods/, or a YAML file of yours. Methods that learn in one pass (fast weights,
+memories, class means, logistic regression on keys) share one encoding of the data, which is kept on disk and checked.
+Methods that train (linear_probe, lora, full_finetuning) each run in a process of their own, by the command that you
+would type, which is printed. A second call runs only what is missing; Ctrl-C leaves what is finished.
+
+Whatever stands behind the options of compare is handed to every run, as to fit.
+"""
+
+_COMPARE_EXAMPLES = """\
+examples:
+  # your own folder of CLASS/IMAGE files, a fifth of each class held out to test on
+  {program} compare --data.path=MYFOLDER
+
+  # a recipe, some methods, from one example a class to all
+  {program} compare --recipe recipes/vit_cifar.yaml --methods faast,knn,logistic_regression,linear_probe \\
+      --shots 1,4,16,all --seeds 3 --out comparisons/cifar
+
+  # another encoder, without a hub
+  {program} compare --recipe recipes/vit_cifar.yaml --data.path=DIR --model.encoder.checkpoint_path=FILE
+
+methods:
+  {methods}
+
+OUT holds comparison.html (one page, offline), .md, .tex, .csv, runs.csv, figures/ and the records in runs/.
+"""
+
+
+def compare(args: Sequence[str]) -> int:
+    """The verb ``compare``: run what is missing, report everything.
+
+    Args:
+        args: What follows the verb.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+    """
+    from lightning_faast.evaluation.methods import shipped_methods
+
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROGRAM} compare",
+        usage=f"{_PROGRAM} compare [--recipe RECIPE] [--methods A,B] [--shots 1,4,all] [--out DIR] [--OPTION=VALUE ...]",
+        description=_COMPARE,
+        epilog=_COMPARE_EXAMPLES.format(program=_PROGRAM, methods=", ".join(shipped_methods())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", default="recipes/images.yaml", help="data and encoder (default: %(default)s, your own images)")
+    add(
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="default: all shipped ones; what cannot run here is a row that says so",
+    )
+    add("--reference", default="faast", help="the method that the others are compared with (default: %(default)s)")
+    add("--shots", type=_shots, default=[None], metavar="1,4,all", help="examples a class (default: all)")
+    add("--seeds", type=int, default=3, metavar="N", help="choices of examples for each number (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: comparisons/RECIPE")
+    add("--jobs", type=int, default=1, metavar="N", help="training runs at a time (default: %(default)s)")
+    add("--wandb", metavar="PROJECT", help="log every method as a run of one group to this W&B project")
+    add("--keys", type=Path, metavar="DIR", help="where encoded keys are kept (default: see the verb keys)")
+    given, options = parser.parse_known_args(list(args))
+    stray = [option for option in options if not option.startswith("--")]
+    if stray and options[0] in stray:
+        parser.error(f"{stray[0]!r} is no option; write --NAME=VALUE.")
+
+    from lightning_faast.evaluation.compare import Comparer
+    from lightning_faast.evaluation.keys import KeyStore
+    from lightning_faast.evaluation.report import write_report
+
+    out = given.out or Path("comparisons") / Path(given.recipe).stem
+    methods = [given.reference, *(shipped_methods() if given.methods is None else given.methods)]
+    comparer = Comparer(given.recipe, methods, given.shots, given.seeds, out, options, given.jobs, KeyStore(given.keys))
+    interrupted = False
+    try:
+        comparer.run()
+    except KeyboardInterrupt:
+        interrupted = True
+        comparer.console.print("Interrupted. What is finished is kept; the same command runs the rest.")
+    command = shlex.join(["python", "-m", "lightning_faast", "compare", *args])
+    comparison = comparer.comparison(given.reference, command)
+    if comparison.records:
+        for path in write_report(comparison, out):
+            comparer.console.print(str(path), markup=False, highlight=False)
+    if given.wandb and not interrupted:
+        from lightning_faast.evaluation.tracking import log_comparison
+
+        log_comparison(comparison, given.wandb, out)
+    return 130 if interrupted else 0
+
+
+def keys(args: Sequence[str]) -> int:
+    """The verb ``keys``: list or clear the encoded keys on disk.
+
+    Args:
+        args: What follows the verb.
+
+    Returns:
+        The exit status 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROGRAM} keys",
+        description="Encoded keys that comparisons keep on disk. They are found by encoder weights, transform and data, so "
+        "stale ones are never used; clearing only costs another encoding.",
+    )
+    parser.add_argument("action", choices=["list", "clear"])
+    parser.add_argument("--keys", type=Path, metavar="DIR", help="default: $LIGHTNING_FAAST_CACHE/keys or ~/.cache")
+    given = parser.parse_args(list(args))
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from lightning_faast.evaluation.keys import KeyStore
+
+    store, console = KeyStore(given.keys), Console()
+    if given.action == "clear":
+        console.print(f"{store.clear() / 1e6:.1f} MB removed from {store.directory}", highlight=False)
+        return 0
+    table = Table("file", "stage", "rows", "d", "MB", title=str(store.directory))
+    entries = store.entries()
+    for entry in entries:
+        about = (str(entry.rows), str(entry.width), f"{entry.num_bytes / 1e6:.1f}")
+        table.add_row(entry.path.stem, str(entry.description.get("stage", "")), *about)
+    console.print(table if entries else f"No keys in {store.directory}.")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shots(text: str) -> list[int | None]:
+    try:
+        return [None if part == "all" else int(part) for part in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers and 'all', such as 1,4,16,all, got {text!r}") from None
