@@ -1,7 +1,9 @@
 """Labelled images for any encoder."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -11,12 +13,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_faast.data.labels import choose_per_class, encode_labels
+from lightning_faast.data.labels import choose_per_class, encode_labels, hold_out
 from lightning_faast.data.sources import ImageRows, ImageSource
 from lightning_faast.data.transforms import DecodeTransform, DeviceTransform, WorkerTransform, complete_data_config
 
 _SMALL_SIDE = 128  # pixels; larger images of one size are too often a coincidence of those looked at
 _LOOKED_AT = 64  # images a split
+
+#: What rows are for; test rows are those of ``predict`` too.
+Stage = Literal["train", "val", "test"]
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -56,15 +61,26 @@ class ImageDataModule(LightningDataModule):
     split comes in order, unaugmented and whole: what is fitted in closed form gains nothing from chance. Methods with
     epochs set ``shuffle`` and ``augment``.
 
+    Declared classes that no row has are left out where there is a training split. The paper's mini-ImageNet protocol,
+    which halves each of the 20 test classes, is ``train_split="test", test_split=None, holdout=0.5``.
+
+    What compares methods encodes each row once, from :meth:`ordered_loader`, keeps the keys under :meth:`fingerprint`
+    and :attr:`transform_description`, and takes subsets of the rows of :meth:`labels` with
+    :func:`~lightning_faast.data.labels.choose_per_class`, which are those of ``limit_per_class``.
+
     Args:
         path: A data set's name on the hub (``uoft-cs/cifar10``), a local folder in the hub's parquet layout, a
-            ``.parquet`` file, a root of ``split/class/image`` folders, or ``torchvision:CIFAR10``.
+            ``.parquet`` file, a root of ``split/class/image`` folders, a root of ``class/image`` folders (torchvision's
+            ``ImageFolder``; all of it is the split ``train``), or ``torchvision:CIFAR10``.
         name: Configuration of a Hugging Face data set.
         root: Folder of the files of a torchvision data set, which are downloaded there if need be.
         train_split: Split to fit on; ``None`` for data sets that are only evaluated on. Hugging Face data sets and
             parquet files also take slices, such as ``train[:80%]``.
         val_split: Split to validate on; ``None`` for no validation.
         test_split: Split of ``test`` and ``predict``; ``None`` where there is none.
+        holdout: Share of each class of ``train_split`` that becomes the test rows, where ``test_split`` is ``None``;
+            the others are the training rows. At least one row of each class is on each side.
+        holdout_seed: Seed of that choice, which depends on the labels alone.
         image_column: Column of the images; ``None`` to find it by its name and type.
         label_column: Column of the labels (class labels, integers or strings); ``None`` to find it.
         batch_size: Images a batch, on each device.
@@ -116,6 +132,8 @@ class ImageDataModule(LightningDataModule):
         train_split: str | None = "train",
         val_split: str | None = None,
         test_split: str | None = "test",
+        holdout: float | None = None,
+        holdout_seed: int = 42,
         image_column: str | None = None,
         label_column: str | None = None,
         batch_size: int = 64,
@@ -142,8 +160,11 @@ class ImageDataModule(LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{option}={value} must be at least 1.")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must not be negative.")
+        for option, value in (("seed", seed), ("holdout_seed", holdout_seed)):
+            if value < 0:
+                raise ValueError(f"{option}={value} must not be negative.")
+        if holdout is not None:
+            _check_holdout(holdout, train_split, test_split)
         if persistent_workers and num_workers == 0:
             raise ValueError("persistent_workers=True needs num_workers of at least 1.")
         # no save_hyperparameters: Lightning refuses a name that module and data module log with different values
@@ -153,6 +174,8 @@ class ImageDataModule(LightningDataModule):
         self.train_split = train_split
         self.val_split = val_split
         self.test_split = test_split
+        self.holdout = holdout
+        self.holdout_seed = holdout_seed
         self.image_column = image_column
         self.label_column = label_column
         self.batch_size = batch_size
@@ -169,9 +192,10 @@ class ImageDataModule(LightningDataModule):
         self.crop_pct = crop_pct
         self.device_transform = device_transform
 
-        self._rows: dict[str, ImageRows] = {}
-        self._labels: dict[str, np.ndarray] = {}
-        self._indices: dict[str, np.ndarray] = {}
+        self._rows: dict[str, ImageRows] = {}  # by split
+        self._labels: dict[str, np.ndarray] = {}  # by split
+        self._indices: dict[Stage, np.ndarray] = {}  # rows of its split that a stage has
+        self._fitted_on: np.ndarray = np.zeros(0, np.int64)  # those of the training rows that limit_per_class leaves
         self._class_names: list[str] | None = None
         self._size: tuple[int, int] | None = None  # the one size of all images, where they are prepared on the device
         self._config: dict[str, Any] = {}
@@ -188,6 +212,67 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test rows: of ``test_split``, or held out."""
+        return self._split_of("test") is not None
+
+    @property
+    def transform_description(self) -> str:
+        """How images are prepared, as JSON: the data configuration, and whether in batches on the device."""
+        if not self._config:
+            raise RuntimeError("How images are prepared is known after setup: call prepare_data() and setup() first.")
+        return json.dumps({**self._config, "device_transform": self._on_device is not None}, sort_keys=True)
+
+    def labels(self, stage: Stage) -> np.ndarray:
+        """Class indices of all rows of a stage, int64 ``(rows,)``, in order.
+
+        Args:
+            stage: ``"train"`` (without the rows held out; ``limit_per_class`` does not apply), ``"val"`` or ``"test"``.
+
+        Raises:
+            RuntimeError: Before ``setup``.
+            ValueError: Where the stage has no split.
+        """
+        split = self._opened_split(stage)
+        return self._labels[split][self._indices[stage]]
+
+    def fingerprint(self, stage: Stage) -> str:
+        """32 hexadecimal digits that change whenever the rows of :meth:`labels`, their order or labels do.
+
+        Image files and parquet files count by their names within the data set, sizes and times of last change, which is
+        quick; data sets on the hub by their revision; arrays by their content.
+
+        Args:
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            RuntimeError: Before ``setup``.
+            ValueError: Where the stage has no split.
+        """
+        split = self._opened_split(stage)
+        state = hashlib.sha256()
+        state.update(json.dumps([self._rows[split].fingerprint(), self.class_names]).encode())
+        state.update(self._indices[stage].tobytes())
+        state.update(self.labels(stage).tobytes())
+        return state.hexdigest()[:32]
+
+    def ordered_loader(self, stage: Stage) -> DataLoader[tuple[Tensor, int]]:
+        """All rows of a stage, in the order of :meth:`labels`, prepared as for evaluation.
+
+        Neither ``limit_per_class`` nor ``shuffle`` nor ``augment`` applies. :meth:`on_after_batch_transfer` ends the
+        preparation, as for the other loaders.
+
+        Args:
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            RuntimeError: Before ``setup``.
+            ValueError: Where the stage has no split.
+        """
+        self._opened_split(stage)
+        return self._loader(stage, self._indices[stage], self.eval_batch_size or self.batch_size)
 
     def prepare_data(self) -> None:
         """Download what is not on this machine yet."""
@@ -213,23 +298,20 @@ class ImageDataModule(LightningDataModule):
                 self._on_device = None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The training split."""
-        if self.train_split is None:
-            raise ValueError("train_split=None: name the split to fit on (--data.train_split=NAME).")
-        return self._loader(self.train_split, training=True)
+        """The training rows."""
+        self._opened_split("train")
+        return self._loader("train", self._fitted_on, self.batch_size, self.shuffle, self.augment)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, where there is none."""
-        return [] if self.val_split is None else self._loader(self.val_split)
+        return [] if self.val_split is None else self.ordered_loader("val")
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The test split."""
-        if self.test_split is None:
-            raise ValueError("test_split=None: name the split to test on (--data.test_split=NAME).")
-        return self._loader(self.test_split)
+        """The test rows: the test split, or what is held out of the training split."""
+        return self.ordered_loader("test")
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The test split."""
+        """The test rows."""
         return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -249,26 +331,60 @@ class ImageDataModule(LightningDataModule):
         source = self._source()
         return {split: source.open(split) for split in splits}
 
+    def _split_of(self, stage: Stage) -> str | None:
+        if stage == "test" and self.holdout is not None:
+            return self.train_split
+        return {"train": self.train_split, "val": self.val_split, "test": self.test_split}[stage]
+
+    def _opened_split(self, stage: Stage) -> str:
+        if stage not in get_args(Stage):
+            raise ValueError(f"stage={stage!r} must be one of {', '.join(get_args(Stage))}.")
+        split = self._split_of(stage)
+        if split is None:
+            purpose = {"train": "fit", "val": "validate", "test": "test"}[stage]
+            or_share = ", or hold out a share of the training split (--data.holdout=0.2)" if stage == "test" else ""
+            raise ValueError(
+                f"{stage}_split=None: name the split to {purpose} on (--data.{stage}_split=NAME){or_share}."
+            )
+        if split not in self._rows or not self._config:
+            raise RuntimeError("Call prepare_data() and setup() first; a Trainer does.")
+        return split
+
     def _splits(self) -> list[str]:
         named = (self.train_split, self.val_split, self.test_split)
         return list(dict.fromkeys(split for split in named if split is not None))
 
     def _open_splits(self) -> None:
         self._rows = self._open(self._splits())
-        class_names, self._labels = encode_labels(self._rows)
-        self._indices = {split: np.arange(len(rows)) for split, rows in self._rows.items()}
-        if self.limit_per_class is not None and self.train_split is not None:
+        # the classes of a checkpoint that is only evaluated are those declared, whether its rows have them or not
+        class_names, self._labels = encode_labels(self._rows, keep_unused=self.train_split is None)
+        for stage in get_args(Stage):
+            split = self._split_of(stage)
+            if split is not None:
+                self._indices[stage] = np.arange(len(self._rows[split]))
+        if self.holdout is not None and self.train_split is not None:
             labels = self._labels[self.train_split]
-            chosen, counts = choose_per_class(labels, len(class_names), self.limit_per_class, self.seed)
-            self._indices[self.train_split] = chosen
-            short = [f"{class_names[i]} ({counts[i]})" for i in np.flatnonzero(counts < self.limit_per_class)]
-            if short:
-                listed = ", ".join(short[:10]) + (f" and {len(short) - 10} more" if len(short) > 10 else "")
-                rank_zero_warn(
-                    f"limit_per_class={self.limit_per_class}, but some classes of the split {self.train_split!r} have "
-                    f"fewer images, all of which are taken: {listed}."
-                )
+            self._indices["train"], self._indices["test"] = hold_out(
+                labels, class_names, self.holdout, self.holdout_seed
+            )
+        if self.train_split is not None:
+            training = self._indices["train"]
+            if self.limit_per_class is not None:
+                labels = self._labels[self.train_split][training]
+                training = training[self._choose(labels, class_names, self.limit_per_class)]
+            self._fitted_on = training
         self._class_names = class_names
+
+    def _choose(self, labels: np.ndarray, class_names: list[str], limit: int) -> np.ndarray:
+        chosen, counts = choose_per_class(labels, len(class_names), limit, self.seed)
+        short = [f"{class_names[i]} ({counts[i]})" for i in np.flatnonzero(counts < limit)]
+        if short:
+            listed = ", ".join(short[:10]) + (f" and {len(short) - 10} more" if len(short) > 10 else "")
+            rank_zero_warn(
+                f"limit_per_class={limit}, but some classes of the split {self.train_split!r} have fewer images, all "
+                f"of which are taken: {listed}."
+            )
+        return chosen
 
     def _find_data_config(self) -> dict[str, Any]:
         if self.data_config is not None:
@@ -300,27 +416,41 @@ class ImageDataModule(LightningDataModule):
                     return None
         return next(iter(sizes))
 
-    def _loader(self, split: str, training: bool = False) -> DataLoader[tuple[Tensor, int]]:
-        rows = self._rows.get(split)
-        if rows is None or not self._config:
-            raise RuntimeError("Call prepare_data() and setup() first; a Trainer does.")
+    def _loader(
+        self,
+        stage: Stage,
+        indices: np.ndarray,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: dict[str, Any] | None = None,
+    ) -> DataLoader[tuple[Tensor, int]]:
+        split = self._opened_split(stage)
         transform: Callable[[Image.Image], Tensor]
-        if training and self.augment is not None:
-            transform = WorkerTransform(self._config, self.augment)
-        elif self._on_device is not None and self._size is not None:
+        if augment is None and self._on_device is not None and self._size is not None:
             transform = DecodeTransform(self._size)
         else:
-            transform = WorkerTransform(self._config)
-        shuffle = training and self.shuffle
+            transform = WorkerTransform(self._config, augment)
         return DataLoader(
-            ImageDataset(rows, self._labels[split], self._indices[split], transform),
-            batch_size=self.batch_size if training else self.eval_batch_size or self.batch_size,
+            ImageDataset(self._rows[split], self._labels[split], indices, transform),
+            batch_size=batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.persistent_workers,
+        )
+
+
+def _check_holdout(holdout: float, train_split: str | None, test_split: str | None) -> None:
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout={holdout} must lie between 0 and 1: the share of each class to test on.")
+    if train_split is None:
+        raise ValueError(f"holdout={holdout} is a share of the training split, and train_split=None.")
+    if test_split is not None:
+        raise ValueError(
+            f"holdout={holdout} makes test rows of training rows, and test_split={test_split!r} names others. Set "
+            "test_split=None (--data.test_split=null), or leave holdout out."
         )
 
 

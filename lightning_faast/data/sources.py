@@ -1,8 +1,10 @@
 """Where labelled images come from: one split of a data set as rows that are decoded when asked for."""
 
+import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from lightning_faast.data.columns import find_image_column, find_label_column
 from lightning_faast.data.extras import require
 
 _TORCHVISION = "torchvision:"
+#: The split that a root of class folders is; so are the rows of a single parquet file.
+_WHOLE = "train"
 
 
 class ImageRows(ABC):
@@ -35,17 +39,24 @@ class ImageRows(ABC):
     def image(self, index: int) -> Image.Image:
         """The image of one row, in any mode and size."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change whenever the images or their order do; labels are not part of it."""
+
 
 class DatasetRows(ImageRows):
     """Rows of a memory-mapped Hugging Face data set.
 
     Args:
         dataset: One split, a ``datasets.Dataset``.
+        origin: What changes whenever the files behind the split do.
         image_column: Column of the images; ``None`` to find it.
         label_column: Column of the labels; ``None`` to find it.
     """
 
-    def __init__(self, dataset: Any, image_column: str | None = None, label_column: str | None = None) -> None:
+    def __init__(
+        self, dataset: Any, origin: str, image_column: str | None = None, label_column: str | None = None
+    ) -> None:
         datasets = require("datasets", "vision")
         self.image_column = find_image_column(dataset.features, image_column)
         label_column = find_label_column(dataset.features, label_column)
@@ -63,6 +74,7 @@ class DatasetRows(ImageRows):
         elif not feature.decode:
             images = images.cast_column(self.image_column, datasets.Image())
         self.images = images
+        self.origin = f"{origin} {dataset.split} {self.image_column}"
 
         feature = dataset.features[label_column]
         names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -74,6 +86,10 @@ class DatasetRows(ImageRows):
         if image is None:
             raise ValueError(f"Row {index} has no image in column {self.image_column!r}. Remove the row.")
         return image
+
+    def fingerprint(self) -> str:
+        """From the files' names, sizes and times, or from the revision on the hub; the split and the column."""
+        return _hash(self.origin.encode())
 
 
 def _read_labels(dataset: Any, column: str) -> np.ndarray:
@@ -94,12 +110,14 @@ class FileRows(ImageRows):
     """Rows of image files.
 
     Args:
+        root: The folder that holds them all.
         paths: One file a row.
         labels: Class names, ``(rows,)``.
     """
 
-    def __init__(self, paths: Sequence[str], labels: np.ndarray) -> None:
+    def __init__(self, root: Path, paths: Sequence[str], labels: np.ndarray) -> None:
         super().__init__(labels)
+        self.root = root
         self.paths = paths
 
     def image(self, index: int) -> Image.Image:
@@ -107,6 +125,10 @@ class FileRows(ImageRows):
         with Image.open(self.paths[index]) as image:
             image.load()
             return image
+
+    def fingerprint(self) -> str:
+        """From the files' names within the root, their sizes and times, as they are now."""
+        return _hash(_describe_files(self.root, self.paths).encode())
 
 
 class ArrayRows(ImageRows):
@@ -126,12 +148,33 @@ class ArrayRows(ImageRows):
         """The image of one row, greyscale or RGB."""
         return Image.fromarray(self.images[index])
 
+    def fingerprint(self) -> str:
+        """From the pixels."""
+        return _hash(str(self.images.shape).encode(), np.ascontiguousarray(self.images).data)
+
+
+def _hash(*parts: Any) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()[:32]
+
+
+def _describe_files(root: Path, paths: Iterable[str | Path]) -> str:
+    """Names within ``root``, bytes and times of last change in nanoseconds: reading none of them."""
+    lines = []
+    for path in paths:
+        status = os.stat(path)
+        lines.append(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}")
+    return "\n".join(lines)
+
 
 class ImageSource:
     """A data set with named splits, found by its path.
 
     Args:
         path: A local folder in the hub's parquet layout, a ``.parquet`` file, a root of ``split/class/image`` folders,
+            a root of ``class/image`` folders (torchvision's ``ImageFolder``; all of it is the split ``train``),
             ``torchvision:CLASS``, or else a data set's name on the Hugging Face hub.
         name: Configuration of a Hugging Face data set.
         root: Folder of the downloaded files of a torchvision data set.
@@ -157,7 +200,7 @@ class ImageSource:
         self.image_column = image_column
         self.label_column = label_column
         self.kind = _find_kind(path)
-        if self.kind in ("torchvision", "folders"):
+        if self.kind in ("torchvision", "folders", "classes"):
             self._refuse(name=name, image_column=image_column, label_column=label_column)
         if self.kind == "parquet":
             self._refuse(name=name)
@@ -173,7 +216,7 @@ class ImageSource:
 
     def download(self, splits: Sequence[str]) -> None:
         """Fetch what is not on this machine yet; on several processes, call it in one."""
-        if self.kind == "folders":
+        if self.kind in ("folders", "classes"):
             return
         for split in splits:
             if self.kind == "torchvision":
@@ -191,13 +234,28 @@ class ImageSource:
             ValueError: Where there is no such split or column; the message lists those that there are.
             ConnectionError: Where the data set is on the hub and cannot be reached.
         """
-        if self.kind == "folders":
+        if self.kind in ("folders", "classes"):
             return self._open_folders(split)
         if self.kind == "torchvision":
             dataset = self._load_torchvision(split, download=False)
             classes = getattr(dataset, "classes", None)  # USPS has none
             return ArrayRows(np.asarray(dataset.data), np.asarray(dataset.targets), classes and list(classes))
-        return DatasetRows(self._load_dataset(split), self.image_column, self.label_column)
+        # before loading: files that are replaced meanwhile get another fingerprint
+        origin = self._describe_local_files() if self.kind in ("layout", "parquet") else ""
+        dataset = self._load_dataset(split)
+        if self.kind == "hub":
+            # cached under data set, configuration and commit
+            caches = [Path(file["filename"]) for file in dataset.cache_files]
+            origin = "\n".join("/".join(cache.parts[-5:]) for cache in caches)
+        return DatasetRows(dataset, origin, self.image_column, self.label_column)
+
+    def _describe_local_files(self) -> str:
+        local = Path(self.path).expanduser()
+        if local.is_file():
+            return _describe_files(local.parent, [local])
+        # the README may say which files make a split
+        files = [*sorted(local.rglob("*.parquet")), *local.glob("README.md")]
+        return f"{self.name} {_describe_files(local, files)}"
 
     def _load_dataset(self, split: str) -> Any:
         datasets = require("datasets", "vision")
@@ -223,15 +281,21 @@ class ImageSource:
             ) from error
 
     def _open_folders(self, split: str) -> ImageRows:
-        folder = Path(self.path).expanduser() / split
+        root = Path(self.path).expanduser()
+        if self.kind == "classes" and split != _WHOLE:
+            raise ValueError(
+                f"path={self.path!r} holds one folder a class, all of it the split {_WHOLE!r}, and no split {split!r}. "
+                f"{_HOLD_OUT}"
+            )
+        folder = root if self.kind == "classes" else root / split
         if not folder.is_dir():
-            raise _no_split(self.path, split, sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir()))
+            raise _no_split(self.path, split, [entry.name for entry in _folders_in(root)])
         try:
             files = require("torchvision.datasets", "vision").ImageFolder(str(folder))
         except FileNotFoundError as error:
             raise ValueError(f"{folder} must hold one folder of images a class. ({error})") from error
         paths = [path for path, _ in files.samples]
-        return FileRows(paths, np.asarray(files.classes)[np.asarray(files.targets)])
+        return FileRows(folder, paths, np.asarray(files.classes)[np.asarray(files.targets)])
 
     def _load_torchvision(self, split: str, download: bool) -> Any:
         catalog = require("torchvision.datasets", "vision")
@@ -258,9 +322,14 @@ class ImageSource:
             ) from error
 
 
+_HOLD_OUT = (
+    "To test on rows that are held out of the training split, a fifth of each class: --data.test_split=null "
+    "--data.holdout=0.2."
+)
 _KINDS = {
     "torchvision": "a torchvision data set",
     "folders": "folders of images",
+    "classes": "folders of images",
     "parquet": "a parquet file",
     "layout": "a folder in the hub's parquet layout",
     "hub": "a data set on the Hugging Face hub",
@@ -278,15 +347,50 @@ def _find_kind(path: str) -> str:
     if local.is_dir():
         if next(local.rglob("*.parquet"), None) is not None:
             return "layout"
-        if any(entry.is_dir() for entry in local.glob("*/*")):
-            return "folders"
-        raise ValueError(
-            f"path={path!r} holds neither .parquet files nor folders split/class (train/cat, train/dog, test/cat, …)."
-        )
+        return _find_folder_kind(path, local)
     if path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise FileNotFoundError(f"path={path!r} is not there, and no name on the Hugging Face hub looks like it.")
     return "hub"
 
 
+def _find_folder_kind(path: str, root: Path) -> str:
+    """Whether the images lie in ``class/image`` or in ``split/class/image``.
+
+    Images right inside the first folders make these the classes. Some folders with and some without images, or folders
+    of images beside images, could be either, and a wrong guess would take splits for classes.
+    """
+    folders = _folders_in(root)
+    with_images = [folder for folder in folders if _holds_images(folder)]
+    if not with_images:
+        if any(_folders_in(folder) for folder in folders):
+            return "folders"
+        raise ValueError(
+            f"path={path!r} holds neither .parquet files nor folders of images: class/image (cat/1.png, dog/1.png, …) "
+            "or split/class/image (train/cat/1.png, test/cat/1.png, …)."
+        )
+    for folder in folders:
+        inner = next((inner for inner in _folders_in(folder) if _holds_images(inner)), None)
+        if inner is not None:
+            raise ValueError(
+                f"path={path!r} mixes layouts: {with_images[0].name} holds images, and {folder.name}/{inner.name} does "
+                "too. Expected class/image or split/class/image, throughout."
+            )
+    return "classes"
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Folders of a folder, sorted; hidden ones (``.ipynb_checkpoints``) are none of the data."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return [folder / name for name in names]
+
+
+def _holds_images(folder: Path) -> bool:
+    extensions = require("torchvision.datasets.folder", "vision").IMG_EXTENSIONS
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(extensions) and entry.is_file() for entry in entries)
+
+
 def _no_split(path: str, split: str, there: Sequence[str]) -> ValueError:
-    return ValueError(f"path={path!r} has no split {split!r}. Its splits: {', '.join(there)}.")
+    hint = "" if split == _WHOLE else f" {_HOLD_OUT}"
+    return ValueError(f"path={path!r} has no split {split!r}. Its splits: {', '.join(there)}.{hint}")

@@ -1,3 +1,5 @@
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from lightning_faast.data import DigitsDataModule, ImageDataModule
+from lightning_faast.data.labels import choose_per_class
+from lightning_faast.data.sources import ArrayRows
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 CONFIG = {
@@ -322,6 +326,218 @@ class TestDeviceTransform:
             make(layout, device_transform=True, interpolation="nearest")
 
 
+class TestPlainImageFolder:
+    """Torchvision's own layout: a root of class folders, without splits."""
+
+    @pytest.fixture
+    def plain(self, folders):
+        return folders / "train"
+
+    def test_is_the_training_split(self, plain):
+        module = make(plain, test_split=None)
+        assert module.class_names == ["cat", "dog"]
+        assert module.labels("train").tolist() == [0] * 6 + [1] * 6
+        assert not module.has_test
+
+    def test_equals_the_split_of_a_root_of_splits(self, folders, plain):
+        images, labels = read(module := make(plain, test_split=None), module.train_dataloader())
+        expected = read(module := make(folders), module.train_dataloader())
+        assert torch.equal(images, expected[0])
+        assert torch.equal(labels, expected[1])
+
+    def test_without_test_split_the_error_says_what_to_set(self, plain):
+        with pytest.raises(ValueError, match=r"no split 'test'.*--data\.test_split=null --data\.holdout=0\.2"):
+            make(plain)
+
+    def test_holdout(self, plain):
+        module = make(plain, test_split=None, holdout=0.2)
+        assert np.bincount(module.labels("test")).tolist() == [1, 1]
+        assert np.bincount(module.labels("train")).tolist() == [5, 5]
+
+    def test_hidden_and_other_files_do_not_matter(self, plain, folders):
+        (plain / "cat" / ".ipynb_checkpoints").mkdir()
+        make_image(0).save(plain / "cat" / ".ipynb_checkpoints" / "0.png")
+        (plain / "README.txt").write_text("x")
+        (folders / "test" / "labels.csv").write_text("x")
+        assert make(plain, test_split=None).num_classes == 2
+        assert make(folders).num_classes == 2
+
+    def test_stray_image_beside_class_folders(self, folders):
+        make_image(0).save(folders / "test" / "overview.png")
+        with pytest.raises(ValueError, match=r"mixes layouts: test holds images, and test/cat does too"):
+            make(folders)
+
+    def test_a_class_without_images_of_its_own(self, plain):
+        (plain / "emu" / "young").mkdir(parents=True)
+        make_image(0).save(plain / "emu" / "young" / "0.png")
+        with pytest.raises(ValueError, match=r"mixes layouts: cat holds images, and emu/young does too"):
+            make(plain, test_split=None)
+
+    def test_root_of_splits_without_the_test_split(self, folders):
+        with pytest.raises(ValueError, match=r"Its splits: test, train, val\. To test on rows.*--data\.holdout=0\.2"):
+            make(folders, test_split="dev")
+
+
+class TestHoldout:
+    def test_parts_the_training_split(self, layout):
+        module = make(layout, test_split=None, holdout=0.3)
+        train, test = (module._indices[stage] for stage in ("train", "test"))
+        assert sorted([*train, *test]) == list(range(20))
+        assert np.bincount(module.labels("test")).tolist() == [3, 3]
+        images, labels = read(module, module.test_dataloader())
+        whole, _ = read(other := make(layout), other.train_dataloader())
+        assert torch.equal(images, whole[test])
+        assert labels.tolist() == module.labels("test").tolist()
+        images, _ = read(module, module.train_dataloader())
+        assert torch.equal(images, whole[train])
+        assert module.has_test
+
+    def test_seed(self, layout):
+        def rows(**options):
+            return make(layout, test_split=None, holdout=0.5, **options)._indices["test"].tolist()
+
+        assert rows() == rows(holdout_seed=42) == rows(seed=3, limit_per_class=1)
+        assert rows() != rows(holdout_seed=1)
+
+    def test_limit_chooses_among_the_training_rows(self, layout):
+        module = make(layout, test_split=None, holdout=0.5, limit_per_class=2)
+        chosen = module.train_dataloader().dataset.indices
+        assert set(chosen) < set(module._indices["train"])
+        assert len(module.labels("train")) == 10
+        assert len(module.labels("test")) == 10
+
+    def test_one_row_of_a_class(self, folders):
+        (folders / "train" / "emu").mkdir()
+        make_image(0).save(folders / "train" / "emu" / "0.png")
+        with pytest.raises(ValueError, match=r"1 classes have one row only: emu"):
+            make(folders, test_split=None, holdout=0.5)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"holdout": 0.0, "test_split": None}, r"holdout=0\.0 must lie between 0 and 1"),
+            ({"holdout": 1.0, "test_split": None}, "must lie between 0 and 1"),
+            ({"holdout": float("nan"), "test_split": None}, "must lie between 0 and 1"),
+            ({"holdout": 0.5}, r"test_split='test' names others.*--data\.test_split=null"),
+            ({"holdout": 0.5, "test_split": None, "train_split": None, "val_split": "val"}, "train_split=None"),
+            ({"holdout": 0.5, "test_split": None, "holdout_seed": -1}, "holdout_seed=-1"),
+        ],
+    )
+    def test_impossible_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ImageDataModule("x", **options)
+
+
+class TestForComparisons:
+    """What a store of keys needs: rows in order, their labels, and what determines them."""
+
+    def test_ordered_loader_is_whole_unshuffled_and_unaugmented(self, layout):
+        expected = read(module := make(layout), module.train_dataloader())
+        module = make(layout, limit_per_class=2, shuffle=True, augment={"scale": [0.2, 0.5]}, batch_size=3)
+        images, labels = read(module, module.ordered_loader("train"))
+        assert torch.equal(images, expected[0])
+        assert torch.equal(labels, expected[1])
+        assert torch.equal(labels, torch.from_numpy(module.labels("train")))
+        assert len(read(module, module.ordered_loader("test"))[0]) == 10
+
+    @pytest.mark.parametrize("options", [{}, {"test_split": None, "holdout": 0.3}])
+    def test_subsets_of_the_ordered_rows_are_those_of_limit_per_class(self, layout, options):
+        module = make(layout, limit_per_class=3, seed=5, **options)
+        keys, labels = read(module, module.ordered_loader("train"))
+        chosen, _ = choose_per_class(module.labels("train"), module.num_classes, 3, 5)
+        limited = read(module, module.train_dataloader())
+        assert torch.equal(keys[chosen], limited[0])
+        assert torch.equal(labels[chosen], limited[1])
+
+    def test_fingerprint_says_which_rows(self, layout, folders):
+        def fingerprint(stage="train", path=layout, **options):
+            return make(path, **options).fingerprint(stage)
+
+        first = fingerprint()
+        assert first == fingerprint(limit_per_class=2, shuffle=True, batch_size=3, device_transform=False)
+        others = [
+            fingerprint("test"),
+            fingerprint(train_split="train[:80%]"),
+            fingerprint(test_split=None, holdout=0.5),
+            fingerprint(test_split=None, holdout=0.5, holdout_seed=1),
+            fingerprint("test", test_split=None, holdout=0.5),
+            fingerprint(path=folders),
+        ]
+        assert len({first, *others}) == 7
+
+    def test_fingerprint_follows_replaced_image_files(self, folders):
+        module = make(folders)
+        before, test = module.fingerprint("train"), module.fingerprint("test")
+        file = next((folders / "train" / "cat").iterdir())
+        status = file.stat()
+        file.write_bytes(file.read_bytes() + b"\0")  # same time, another size
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        longer = make(folders).fingerprint("train")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # same size, another time
+        later = make(folders).fingerprint("train")
+        file.rename(file.with_name("renamed" + file.suffix))
+        assert len({before, longer, later, make(folders).fingerprint("train")}) == 4
+        assert make(folders).fingerprint("test") == test
+
+    def test_fingerprint_follows_replaced_parquet_files(self, layout):
+        before = make(layout).fingerprint("train")
+        file = layout / "data" / "train-00000-of-00001.parquet"
+        os.utime(file, ns=(0, 1))
+        assert make(layout).fingerprint("train") != before
+        single = make(file, test_split=None).fingerprint("train")
+        os.utime(file, ns=(0, 2))
+        assert make(file, test_split=None).fingerprint("train") != single
+
+    def test_fingerprint_survives_a_new_cache_and_another_place(self, layout, tmp_path, monkeypatch):
+        before = make(layout).fingerprint("train")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "new")
+        moved = layout.rename(tmp_path / "moved")
+        assert make(moved).fingerprint("train") == before
+
+    def test_fingerprint_of_labels_and_columns(self, tmp_path):
+        root = write_layout(tmp_path / "c", names=None, other=[i % 3 for i in range(20)])
+        by_label = make(root, label_column="label").fingerprint("train")
+        assert make(root, label_column="other").fingerprint("train") != by_label
+
+    def test_fingerprint_of_arrays_is_their_content(self):
+        pixels = np.zeros((2, 3, 3), np.uint8)
+        rows = ArrayRows(pixels, np.arange(2), None)
+        assert rows.fingerprint() == ArrayRows(pixels.copy(), np.arange(2), None).fingerprint()
+        assert rows.fingerprint() != ArrayRows(pixels.reshape(2, 1, 9), np.arange(2), None).fingerprint()
+        other = pixels.copy()
+        other[1, 2, 2] = 1
+        assert rows.fingerprint() != ArrayRows(other, np.arange(2), None).fingerprint()
+
+    def test_transform_description(self, layout):
+        first = make(layout).transform_description
+        assert first == make(layout, limit_per_class=2, augment={}).transform_description
+        others = [{"interpolation": "bilinear"}, {"crop_pct": 1.0}, {"device_transform": False}]
+        others.append({"data_config": {**CONFIG, "mean": (0.5, 0.5, 0.5)}})
+        assert len({first, *(make(layout, **options).transform_description for options in others)}) == 5
+        described = json.loads(first)
+        assert described["device_transform"] is True
+        assert described["input_size"] == [3, 24, 24]
+
+    def test_stages(self, layout):
+        module = make(layout)
+        for method in (module.labels, module.fingerprint, module.ordered_loader):
+            with pytest.raises(ValueError, match=r"val_split=None.*--data\.val_split=NAME"):
+                method("val")
+            with pytest.raises(ValueError, match="stage='fit' must be one of train, val, test"):
+                method("fit")
+        unopened = ImageDataModule(str(layout), data_config=CONFIG)
+        for method in (unopened.labels, unopened.fingerprint, unopened.ordered_loader):
+            with pytest.raises(RuntimeError, match=r"setup\(\)"):
+                method("train")
+        with pytest.raises(RuntimeError, match=r"setup\(\)"):
+            _ = unopened.transform_description
+
+    def test_declared_classes_without_rows_are_left_out(self, tmp_path):
+        root = write_layout(tmp_path / "c", names=("a", "b", "unused"))
+        assert make(root).class_names == ["a", "b"]
+        assert make(root, train_split=None).class_names == ["a", "b", "unused"]
+
+
 class TestFewShot:
     def test_limit_and_seed(self, layout):
         _, labels = read(module := make(layout, limit_per_class=3), module.train_dataloader())
@@ -530,6 +746,12 @@ class TestSharedData:
         images, labels = next(iter(data.test_dataloader()))
         assert (images.dtype == torch.uint8) == on_device
         assert data.on_after_batch_transfer((images, labels), 0)[0].shape == (8, 3, 24, 24)
+
+    def test_the_papers_mini_imagenet(self):
+        data = make(SHARED / "mini-imagenet", train_split="test", test_split=None, holdout=0.5)
+        assert data.num_classes == 20
+        assert np.bincount(data.labels("train")).tolist() == [300] * 20
+        assert np.bincount(data.labels("test")).tolist() == [300] * 20
 
     def test_cifar_names(self):
         assert make(SHARED / "cifar10-small").class_names[:3] == ["airplane", "automobile", "bird"]
