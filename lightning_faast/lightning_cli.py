@@ -171,7 +171,7 @@ class FaastCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             self._say(f"checkpoint {checkpoint.best_model_path}")  # before the test, which may fail
-        has_test = getattr(self.datamodule, "test_split", True) is not None
+        has_test = getattr(self.datamodule, "has_test", True)
         if "val/accuracy" not in self.trainer.callback_metrics and has_test:
             self.trainer.test(self.model, datamodule=self.datamodule)
         self._say_accuracy()

@@ -44,7 +44,7 @@ class Blobs(LightningDataModule):
         self.path, self.rows, self.val = path, rows, val
         self.num_classes: int | None = None
         self.class_names = list(names)
-        self.test_split = "test" if test else None
+        self.has_test = test
 
     def setup(self, stage):
         self.num_classes = 3

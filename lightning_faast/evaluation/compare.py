@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightning_faast import __version__
 from lightning_faast.evaluation.frozen import Bench, FrozenRun
 from lightning_faast.evaluation.keys import Keys, KeyStore, digest_of
-from lightning_faast.evaluation.methods import Method, find_method, resolve
+from lightning_faast.evaluation.methods import Method, find_method, resolve, shown_name
 from lightning_faast.evaluation.records import Record, load_record, load_rows, save_record
 from lightning_faast.evaluation.summary import Comparison
 
@@ -124,7 +124,7 @@ class Comparer:
             try:
                 method = find_method(name, recipe, options)
             except ValueError as error:
-                self._impossible += [Record(name, *cell, "refused", reason=str(error)) for cell in cells]
+                self._impossible += [Record(shown_name(name), *cell, "refused", reason=str(error)) for cell in cells]
             else:
                 self.runs += [self._run(method, *cell) for cell in cells]
 

@@ -118,7 +118,7 @@ class Bench:
 def _make(kind: Any, config: Namespace) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--made", type=kind)
-    return parser.instantiate_classes(Namespace(made=config)).made
+    return parser.instantiate(Namespace(made=config)).made
 
 
 def _make_data(config: Namespace, encoder: Any) -> _Data:

@@ -115,7 +115,7 @@ class Method:
         """The head, called as FaastModule calls it: ``(num_features, num_classes)``, maybe with class embeddings."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--head", type=Callable[[int, int], nn.Module])
-        made: nn.Module = parser.instantiate_classes(Namespace(head=self.config.model.head)).head(*args, **kwargs)
+        made: nn.Module = parser.instantiate(Namespace(head=self.config.model.head)).head(*args, **kwargs)
         return made
 
     def identity(self) -> dict[str, Any]:
@@ -140,16 +140,20 @@ def find_method(name: str, recipe: str, options: Sequence[str]) -> Method:
         FileNotFoundError: Where there is no such overlay; the message lists the shipped ones.
         ValueError: Where recipe, overlay and options do not go together.
     """
-    if name.endswith((".yaml", ".yml")):
-        overlay, shown = name, Path(name).stem
-    else:
-        overlay, shown = f"{_METHODS}{name}.yaml", name
+    overlay = name
+    if not name.endswith((".yaml", ".yml")):
+        overlay = f"{_METHODS}{name}.yaml"
         if overlay not in shipped_configs("configs") and not Path(overlay).is_file():
             raise FileNotFoundError(
                 f"{name!r} is no method; expected a YAML file or some of: {', '.join(shipped_methods())}."
             )
     args = ("--config", recipe, "--config", overlay, *options)
-    return Method(shown, overlay, args, resolve(args))
+    return Method(shown_name(name), overlay, args, resolve(args))
+
+
+def shown_name(name: str) -> str:
+    """A method's name, or that of a user's file, as reports show it."""
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
 def shipped_methods() -> list[str]:
