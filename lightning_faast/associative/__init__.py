@@ -1,8 +1,13 @@
 """The mathematics of fast weights in plain torch: no Lightning, usable and testable alone."""
 
+from lightning_faast.associative.class_means import LinearDiscriminant, NearestClassMean
 from lightning_faast.associative.fast_weights import FastWeights
 from lightning_faast.associative.files import load_statistics, save_statistics
 from lightning_faast.associative.learner import Learner
+from lightning_faast.associative.linear_attention import LinearAttentionMemory
+from lightning_faast.associative.logistic import LogisticRegression
+from lightning_faast.associative.memory import Memory
+from lightning_faast.associative.readers import KNN, SoftmaxMemory, WeightedKNN
 from lightning_faast.associative.readout import Discriminant, PairedDiscriminants, Regression
 from lightning_faast.associative.regularization import (
     GCV,
@@ -20,21 +25,29 @@ from lightning_faast.associative.statistics import SufficientStatistics
 
 __all__ = [
     "GCV",
+    "KNN",
     "Choice",
     "Discriminant",
     "FastWeights",
     "Learner",
     "LeaveOneOut",
+    "LinearAttentionMemory",
+    "LinearDiscriminant",
+    "LogisticRegression",
+    "Memory",
+    "NearestClassMean",
     "PairedDiscriminants",
     "PaperRule",
     "Regression",
     "Regularization",
     "Reservoir",
     "Ridge",
+    "SoftmaxMemory",
     "Solution",
     "Spectrum",
     "SufficientStatistics",
     "Truncation",
+    "WeightedKNN",
     "load_statistics",
     "save_statistics",
 ]
