@@ -290,12 +290,17 @@ class ImageSource:
         folder = root if self.kind == "classes" else root / split
         if not folder.is_dir():
             raise _no_split(self.path, split, [entry.name for entry in _folders_in(root)])
+        reader = require("torchvision.datasets.folder", "vision")
+        names = [entry.name for entry in _folders_in(folder)]
         try:
-            files = require("torchvision.datasets", "vision").ImageFolder(str(folder))
-        except FileNotFoundError as error:
+            # as ImageFolder reads it, which would take hidden folders for classes
+            samples = reader.make_dataset(
+                str(folder), {name: index for index, name in enumerate(names)}, extensions=reader.IMG_EXTENSIONS
+            )
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"{folder} must hold one folder of images a class. ({error})") from error
-        paths = [path for path, _ in files.samples]
-        return FileRows(folder, paths, np.asarray(files.classes)[np.asarray(files.targets)])
+        samples = [(path, index) for path, index in samples if not _is_hidden(Path(path).relative_to(folder))]
+        return FileRows(folder, [path for path, _ in samples], np.asarray([names[index] for _, index in samples]))
 
     def _load_torchvision(self, split: str, download: bool) -> Any:
         catalog = require("torchvision.datasets", "vision")
@@ -383,6 +388,10 @@ def _folders_in(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     return [folder / name for name in names]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _holds_images(folder: Path) -> bool:

@@ -127,8 +127,10 @@ class TestImageFolders:
 
     def test_no_class_folders(self, tmp_path):
         (tmp_path / "flat" / "train" / "cat").mkdir(parents=True)
-        with pytest.raises(ValueError, match="one folder of images a class"):
-            make(tmp_path / "flat", test_split=None)
+        (tmp_path / "flat" / "test").mkdir()
+        for split in ("train", "test"):
+            with pytest.raises(ValueError, match="one folder of images a class"):
+                make(tmp_path / "flat", train_split=split, test_split=None)
 
     def test_options_of_other_sources(self, folders):
         for option in ("name", "image_column", "label_column", "root"):
@@ -355,11 +357,15 @@ class TestPlainImageFolder:
         assert np.bincount(module.labels("train")).tolist() == [5, 5]
 
     def test_hidden_and_other_files_do_not_matter(self, plain, folders):
-        (plain / "cat" / ".ipynb_checkpoints").mkdir()
-        make_image(0).save(plain / "cat" / ".ipynb_checkpoints" / "0.png")
+        for folder in (plain / ".ipynb_checkpoints", plain / "cat" / ".ipynb_checkpoints"):
+            folder.mkdir()
+            make_image(0).save(folder / "0.png")
+        make_image(0).save(plain / "cat" / "._0.png")
         (plain / "README.txt").write_text("x")
         (folders / "test" / "labels.csv").write_text("x")
-        assert make(plain, test_split=None).num_classes == 2
+        module = make(plain, test_split=None)
+        assert module.class_names == ["cat", "dog"]
+        assert len(module.labels("train")) == 12
         assert make(folders).num_classes == 2
 
     def test_stray_image_beside_class_folders(self, folders):

@@ -1,6 +1,10 @@
+import doctest
+import importlib
 import json
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +221,19 @@ class TestReport:
         keys, labels = problem(noise=0.1)
         with pytest.raises(ValueError, match=message):
             run(**{"methods": {"faast": FastWeights}, "keys": keys, "labels": labels, **options})
+
+
+@pytest.mark.parametrize("name", ["lightning_faast.data.fewshot", "lightning_faast.evaluation.fewshot"])
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_example_of_the_documentation(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "fewshot.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    accuracy, difference = capsys.readouterr().out.splitlines()
+    assert float(accuracy.split(" ± ")[0]) > 40
+    assert " ± " in difference
