@@ -28,6 +28,7 @@ VERBS = {
 #: Verbs that are no Trainer methods, each with the function of ``evaluation.commands`` that runs it.
 COMMANDS = {
     "compare": "run methods side by side on one recipe, and report them on one page",
+    "fewshot": "measure methods on n-way k-shot episodes",
     "keys": "list or clear the encoded keys that comparisons keep on disk",
 }
 

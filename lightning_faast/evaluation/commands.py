@@ -52,7 +52,7 @@ def compare(args: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog=f"{_PROGRAM} compare",
-        usage=f"{_PROGRAM} compare [--recipe RECIPE] [--methods A,B] [--shots 1,4,all] [--out DIR] [--OPTION=VALUE ...]",
+        usage=f"{_PROGRAM} compare [--recipe RECIPE] [--methods A,B] [--shots 1,4] [--out DIR] [--OPTION=VALUE ...]",
         description=_COMPARE,
         epilog=_COMPARE_EXAMPLES.format(program=_PROGRAM, methods=", ".join(shipped_methods())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,9 +74,7 @@ def compare(args: Sequence[str]) -> int:
     add("--wandb", metavar="PROJECT", help="log every method as a run of one group to this W&B project")
     add("--keys", type=Path, metavar="DIR", help="where encoded keys are kept (default: see the verb keys)")
     given, options = parser.parse_known_args(list(args))
-    stray = [option for option in options if not option.startswith("--")]
-    if stray and options[0] in stray:
-        parser.error(f"{stray[0]!r} is no option; write --NAME=VALUE.")
+    _refuse_stray(parser, options)
 
     from lightning_faast.evaluation.compare import Comparer
     from lightning_faast.evaluation.keys import KeyStore
@@ -103,6 +101,90 @@ def compare(args: Sequence[str]) -> int:
     return 130 if interrupted else 0
 
 
+_FEWSHOT = """\
+Measure methods on n-way k-shot episodes: each draws some classes, a few labelled rows of each (support) and others to
+predict (query). All methods see the very same episodes, which a seed fixes. Episodes are drawn from the rows of one
+stage, encoded once.
+"""
+
+_FEWSHOT_EXAMPLES = """\
+example:
+  {program} fewshot --recipe recipes/miniimagenet_vit.yaml --methods faast,nearest_class_mean --shots 1,5 \\
+      --data.train_split=null --data.test_split=test --data.holdout=null
+"""
+
+
+def fewshot(args: Sequence[str]) -> int:
+    """The verb ``fewshot``: evaluate methods on n-way k-shot episodes.
+
+    Args:
+        args: What follows the verb.
+
+    Returns:
+        The exit status 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROGRAM} fewshot",
+        usage=f"{_PROGRAM} fewshot --recipe RECIPE [--methods A,B] [--ways N] [--shots 1,5] [--OPTION=VALUE ...]",
+        description=_FEWSHOT,
+        epilog=_FEWSHOT_EXAMPLES.format(program=_PROGRAM),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", required=True, help="data and encoder")
+    add(
+        "--methods", type=_names, default=["faast", "nearest_class_mean", "knn"], metavar="A,B", help="one-pass methods"
+    )
+    add("--ways", type=int, default=5, metavar="N", help="classes of an episode; 0 for all (default: %(default)s)")
+    add("--shots", type=_shots, default=[1, 5], metavar="1,5", help="support rows a class (default: 1,5)")
+    add("--queries", type=int, default=15, metavar="N", help="query rows a class (default: %(default)s)")
+    add("--episodes", type=int, default=600, metavar="N", help="for each number of shots (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the episodes (default: %(default)s)")
+    add("--stage", choices=["train", "test"], default="test", help="whose rows are drawn (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: fewshot/RECIPE")
+    add("--keys", type=Path, metavar="DIR", help="where encoded keys are kept (default: see the verb keys)")
+    given, options = parser.parse_known_args(list(args))
+    _refuse_stray(parser, options)
+    if None in given.shots:
+        parser.error("--shots all: an episode has a number of support rows; write numbers, such as 1,5.")
+
+    import torch
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from lightning_faast.evaluation.compare import encoded, progress_display
+    from lightning_faast.evaluation.fewshot import run
+    from lightning_faast.evaluation.frozen import Bench
+    from lightning_faast.evaluation.keys import KeyStore
+    from lightning_faast.evaluation.methods import find_method, resolve
+
+    methods = [find_method(name, given.recipe, options) for name in dict.fromkeys(given.methods)]
+    for method in methods:
+        if not method.learns_in_one_pass or method.embeds_classes:
+            parser.error(f"{method.name} does not learn from keys and labels alone: leave it out of --methods.")
+    bench, console = Bench.from_config(resolve(["--config", given.recipe, *options])), Console(stderr=True)
+    with progress_display(console) as progress:
+        stored = encoded(bench, given.stage, KeyStore(given.keys), progress)
+        task = progress.add_task("episodes", total=len(methods) * len(given.shots))
+        report = run(
+            {method.name: method.make_head for method in methods},
+            stored.take(torch.arange(stored.rows)),
+            stored.labels,
+            ways=given.ways or None,
+            shots=given.shots,
+            queries=given.queries,
+            episodes=given.episodes,
+            seed=given.seed,
+            advance=lambda method, shots: progress.advance(task),
+        )
+    out = given.out or Path("fewshot") / Path(given.recipe).stem
+    report.save(out)
+    Console().print(Markdown(report.markdown()))
+    console.print(f"{out}/fewshot.md", markup=False, highlight=False)
+    return 0
+
+
 def keys(args: Sequence[str]) -> int:
     """The verb ``keys``: list or clear the encoded keys on disk.
 
@@ -114,8 +196,8 @@ def keys(args: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog=f"{_PROGRAM} keys",
-        description="Encoded keys that comparisons keep on disk. They are found by encoder weights, transform and data, so "
-        "stale ones are never used; clearing only costs another encoding.",
+        description="Encoded keys that comparisons keep on disk. They are found by encoder weights, transform and data, "
+        "and stale ones never are; clearing only costs another encoding.",
     )
     parser.add_argument("action", choices=["list", "clear"])
     parser.add_argument("--keys", type=Path, metavar="DIR", help="default: $LIGHTNING_FAAST_CACHE/keys or ~/.cache")
@@ -137,6 +219,12 @@ def keys(args: Sequence[str]) -> int:
         table.add_row(entry.path.stem, str(entry.description.get("stage", "")), *about)
     console.print(table if entries else f"No keys in {store.directory}.")
     return 0
+
+
+def _refuse_stray(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
+    """End with the parser's error where what is left over does not start with an option."""
+    if options and not options[0].startswith("--"):
+        parser.error(f"{options[0]!r} is no option; write --NAME=VALUE.")
 
 
 def _names(text: str) -> list[str]:

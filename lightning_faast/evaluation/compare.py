@@ -117,6 +117,7 @@ class Comparer:
         self.console = console or Console(stderr=True)
         self.options = tuple(options)
         self.bench = Bench.from_config(resolve(["--config", recipe, *options]))
+        keys = self.bench.identity
         cells = [(number, seed) for number in dict.fromkeys(shots) for seed in range(1 if number is None else seeds)]
         self.runs: list[Run] = []
         self._impossible: list[Record] = []
@@ -126,15 +127,15 @@ class Comparer:
             except ValueError as error:
                 self._impossible += [Record(shown_name(name), *cell, "refused", reason=str(error)) for cell in cells]
             else:
-                self.runs += [self._run(method, *cell) for cell in cells]
+                self.runs += [self._run(method, *cell, keys) for cell in cells]
 
-    def _run(self, method: Method, shots: int | None, seed: int) -> Run:
+    def _run(self, method: Method, shots: int | None, seed: int, keys: str) -> Run:
         determines = {
             "version": __version__,
             "config": method.identity(),
             "shots": shots,
             "seed": seed,
-            "keys": self.bench.identity,
+            "keys": keys,
         }
         return Run(method, shots, seed, self.directory / "runs" / f"{digest_of(determines)}.json")
 
@@ -160,7 +161,7 @@ class Comparer:
             f"{len(self.runs)} runs: {len(self.runs) - len(missing)} are there, {len(frozen)} share one encoding, "
             f"{len(training)} train."
         )
-        with self._progress() as progress:
+        with progress_display(self.console) as progress:
             if frozen:
                 self._run_frozen(frozen, progress)
             if training:
@@ -193,24 +194,8 @@ class Comparer:
         rows = [load_rows(run.path) for run in there] + [None] * len(self._impossible)
         return Comparison(tuple(records + self._impossible), tuple(rows), reference, about)
 
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-
-    def _encoded(self, stage: str, progress: Progress) -> Keys:
-        task = progress.add_task(f"encode {stage} rows", total=len(self.bench.data.labels(stage)))
-        keys = self.bench.keys(stage, self.store, lambda rows: progress.advance(task, rows))
-        progress.update(task, completed=keys.rows)
-        return keys
-
     def _run_frozen(self, runs: Sequence[Run], progress: Progress) -> None:
-        train, test = self._encoded("train", progress), self._encoded("test", progress)
+        train, test = (encoded(self.bench, stage, self.store, progress) for stage in ("train", "test"))
         task = progress.add_task("methods on stored keys", total=len(runs))
         for run in runs:
             progress.update(task, description=run.label)
@@ -261,6 +246,20 @@ class Comparer:
             save_record(replace(load_record(run.path), command=run.command), None, run.path)
         elif not processes.stopped:
             save_record(run.nothing(*_judge_log(log, returned)), None, run.path)
+
+
+def progress_display(console: Console) -> Progress:
+    """Bars that say how many of how many, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def encoded(bench: Bench, stage: str, store: KeyStore, progress: Progress) -> Keys:
+    """Keys of a stage, encoded where the store has none, with a bar."""
+    task = progress.add_task(f"encode {stage} rows", total=len(bench.data.labels(stage)))
+    keys = bench.keys(stage, store, lambda rows: progress.advance(task, rows))
+    progress.update(task, completed=keys.rows)
+    return keys
 
 
 class _Processes:

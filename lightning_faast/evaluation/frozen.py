@@ -52,13 +52,13 @@ class Bench:
         encoder: In eval mode, on its device.
         data: Set up; labelled rows by stage.
         fabric: Device and precision.
-        descriptions: What determines the keys of each stage.
+        about: What determines its keys, beside the rows.
     """
 
     encoder: nn.Module
     data: _Data
     fabric: Fabric
-    descriptions: dict[str, dict[str, Any]]
+    about: dict[str, str]
 
     @classmethod
     def from_config(cls, config: Namespace) -> Bench:
@@ -72,12 +72,12 @@ class Bench:
         )
         encoder = fabric.setup_module(_make(nn.Module, config.model.encoder).eval(), move_to_device=True)
         data = _make_data(config.data, encoder)
-        about = {"encoder": fingerprint(encoder.module), "precision": str(config.trainer.precision or 32)}
-        descriptions = {
-            stage: {**about, "transform": data.transform_description, "data": data.fingerprint(stage), "stage": stage}
-            for stage in ("train", "test")
+        about = {
+            "encoder": fingerprint(encoder.module),
+            "precision": str(config.trainer.precision or 32),
+            "transform": data.transform_description,
         }
-        return cls(encoder, data, fabric, descriptions)
+        return cls(encoder, data, fabric, about)
 
     @property
     def device_name(self) -> str:
@@ -85,10 +85,14 @@ class Bench:
         device = self.fabric.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
+    def description(self, stage: str) -> dict[str, str]:
+        """What determines the keys of a stage."""
+        return {**self.about, "data": self.data.fingerprint(stage), "stage": stage}
+
     @property
     def identity(self) -> str:
-        """Hash of all that determines the keys."""
-        return digest_of(self.descriptions)
+        """Hash of all that determines the keys of both stages."""
+        return digest_of({stage: self.description(stage) for stage in ("train", "test")})
 
     def keys(self, stage: str, store: KeyStore, advance: Callable[[int], None]) -> Keys:
         """Keys of a stage, encoded where the store has none.
@@ -99,7 +103,7 @@ class Bench:
             advance: Told the rows of every batch encoded.
         """
         rows = len(self.data.labels(stage))
-        return store.get_or_encode(self.descriptions[stage], rows, lambda: self._encode(stage, advance))
+        return store.get_or_encode(self.description(stage), rows, lambda: self._encode(stage, advance))
 
     @torch.no_grad()
     def _encode(self, stage: str, advance: Callable[[int], None]) -> Iterator[tuple[Tensor, Tensor]]:
