@@ -1,6 +1,6 @@
 """A Lightning module of two parts: an encoder that yields features and a head that yields logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_faast.associative import FastWeights
+from lightning_faast.training.adapters import Adapter
+from lightning_faast.training.schedules import WarmupCosine
 
 # Where the number of classes stands in a checkpoint: the head must be built before its weights can be loaded.
 _NUM_CLASSES_KEY = "lightning_faast.num_classes"
@@ -24,10 +27,10 @@ class FaastModule(LightningModule):
 
     With a :class:`~lightning_faast.callback.FaastCallback` in the trainer the head is solved in one pass over the
     training data. Without it the module trains by backpropagation with cross entropy: a linear probe where the encoder
-    is frozen, full fine-tuning where it is not.
+    is frozen, and what ``adapter`` makes of the encoder otherwise. With ``Trainer(max_epochs=0)`` nothing is trained.
 
-    An encoder none of whose parameters requires a gradient is frozen and always in eval mode: neither its weights nor
-    its BatchNorm statistics move, and it drops nothing out.
+    A part of the encoder none of whose parameters requires a gradient is frozen and always in eval mode: neither its
+    weights nor its BatchNorm statistics move. So an encoder that is frozen as a whole drops nothing out.
 
     Validation and test log ``loss`` (the mean negative log likelihood), ``accuracy``, ``top5_accuracy`` (with more than
     five classes) and ``calibration_error`` (expected calibration error, 15 bins), as ``val/…`` and ``test/…``.
@@ -42,11 +45,15 @@ class FaastModule(LightningModule):
             to logits [B, c].
         num_classes: c. Where nothing is said it is the ``num_classes`` of the trainer's datamodule, known after its
             ``setup``, or the ``out_features`` of a head that is given as a module.
-        optimizer: Called with the parameters that require a gradient. Not used with a ``FaastCallback``.
-        lr_scheduler: Called with the optimizer, stepped once an epoch. Not used with a ``FaastCallback``.
+        optimizer: Called with groups of the parameters that require a gradient. Not used with a ``FaastCallback``.
+        lr_scheduler: Called with the optimizer, stepped once an epoch; a
+            :class:`~lightning_faast.training.WarmupCosine` covers the whole of training and is stepped after every
+            batch. Not used with a ``FaastCallback``.
         class_embeddings: Whether the value of a class is the embedding of its name: the encoder's
             ``embed_classes(class_names)`` [c, e], which a CLIP encoder has, is given to ``head`` as
             ``class_embeddings``. Needs a datamodule with ``class_names``.
+        adapter: How the encoder takes part in training: :class:`~lightning_faast.training.FullFinetuning` or
+            :class:`~lightning_faast.training.Lora`; ``None`` leaves it as it is. Changes the encoder in place.
 
     Raises:
         TypeError: If the encoder has no integer ``num_features`` or ``head`` does not build an ``nn.Module``.
@@ -75,8 +82,9 @@ class FaastModule(LightningModule):
         head: Callable[[int, int], nn.Module] = FastWeights,
         num_classes: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | WarmupCosine | None = None,
         class_embeddings: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         num_features = getattr(encoder, "num_features", None)
@@ -85,7 +93,8 @@ class FaastModule(LightningModule):
                 f"encoder {type(encoder).__name__} has num_features={num_features!r}; expected an int, the length of "
                 "the features it returns. Set encoder.num_features, or use lightning_faast.encoders.VisionEncoder."
             )
-        self.encoder = encoder
+        self.adapter = Adapter() if adapter is None else adapter
+        self.encoder = self.adapter.adapt(encoder)
         self.num_features = num_features
         self.num_classes: int | None = None
         self._embeds_classes = class_embeddings
@@ -170,15 +179,22 @@ class FaastModule(LightningModule):
             )
         self._build(int(num_classes), self._class_names())
 
-    def _encoder_is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.encoder.parameters())
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether no parameter of the encoder requires a gradient."""
+        return _is_frozen(self.encoder)
 
     def _set_encoder_mode(self) -> None:
-        if self._encoder_is_frozen():
+        if self.encoder_is_frozen:
             self.encoder.eval()
+            return
+        for part in self.encoder.modules():
+            # dropout and activations have no state, and follow what is around them
+            if _is_frozen(part) and part.state_dict(keep_vars=True):
+                part.eval()
 
     def train(self, mode: bool = True) -> "FaastModule":
-        """Set train or eval mode; a frozen encoder stays in eval mode."""
+        """Set train or eval mode; frozen parts of the encoder stay in eval mode."""
         super().train(mode)
         self._set_encoder_mode()
         return self
@@ -222,26 +238,56 @@ class FaastModule(LightningModule):
         return {"label": label, "probabilities": self(x).float().softmax(-1)}
 
     def configure_optimizers(self) -> Any:
-        """Optimize the parameters that require a gradient.
+        """Optimize the parameters that require a gradient; nothing in a fit of no epochs.
 
         Raises:
             RuntimeError: If there are none, as with a frozen encoder and a head that is solved.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not parameters:
+        if self.trainer.max_epochs == 0:
+            return None
+        head = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        groups = [*self.adapter.parameter_groups(self.encoder), {"params": head}]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
             raise RuntimeError(
                 f"nothing to optimize: no parameter of the encoder {type(self.encoder).__name__} or the head "
                 f"{type(self.head).__name__} requires a gradient. Add FaastCallback() to the trainer's callbacks to "
                 "solve the head in one pass (on the command line: no --method=null), or train a linear probe with "
                 "head=torch.nn.Linear (--model.head=torch.nn.Linear)."
             )
-        optimizer = self._optimizer(parameters)
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        optimizer = self.make_optimizer(groups)
+        # asked for where it is needed only: it opens the data
+        steps = self.trainer.estimated_stepping_batches if self.schedule_interval == "step" else 0
+        scheduler = self.make_scheduler(optimizer, steps)
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def make_optimizer(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
+        """Make the optimizer of parameter groups; the ``lr_scale`` of a group multiplies its learning rate."""
+        optimizer = self._optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_scale", 1.0)
+        return optimizer
+
+    @property
+    def schedule_interval(self) -> str:
+        """When the scheduler is stepped: once an ``"epoch"``, or after every ``"step"``."""
+        return getattr(self._lr_scheduler, "interval", "epoch")
+
+    def make_scheduler(self, optimizer: Optimizer, total_steps: float) -> dict[str, Any] | None:
+        """Make the learning rate's scheduler, as Lightning takes it; None where there is none.
+
+        Args:
+            optimizer: What it schedules.
+            total_steps: Steps of the whole of training, for a scheduler that is stepped after each.
+        """
+        schedule: Any = self._lr_scheduler
+        if schedule is None:
+            return None
+        if self.schedule_interval == "step":
+            return {"scheduler": schedule(optimizer, total_steps), "interval": "step"}
+        scheduler = schedule(optimizer)
+        monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+        return {"scheduler": scheduler, "interval": "epoch", **monitor}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the number of classes, from which a new module builds its head, and their names."""
@@ -279,3 +325,7 @@ class FaastModule(LightningModule):
                 f"the checkpoint was written for other classes: class {index} was {then!r} and is {now!r} in this "
                 "data. Use the data of the fit that wrote it, with its class names in the same order."
             )
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in part.parameters())
