@@ -196,8 +196,8 @@ def keys(args: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog=f"{_PROGRAM} keys",
-        description="Encoded keys that comparisons keep on disk. They are found by encoder weights, transform and data, "
-        "and stale ones never are; clearing only costs another encoding.",
+        description="Encoded keys that comparisons keep on disk, found by encoder weights, transform and data; "
+        "stale ones never are, and clearing only costs another encoding.",
     )
     parser.add_argument("action", choices=["list", "clear"])
     parser.add_argument("--keys", type=Path, metavar="DIR", help="default: $LIGHTNING_FAAST_CACHE/keys or ~/.cache")
