@@ -16,8 +16,10 @@ from lightning_faast.associative.bank import Bank
 from lightning_faast.associative.linear import LinearLearner
 from lightning_faast.associative.precision import accumulation_device
 
-#: Half decades of scikit-learn's C.
-_STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 9))
+#: Half decades of scikit-learn's C, from 10^-6 to 10^8: keys may be anything from 0.01 to 100 long.
+_STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-12, 17))
+#: The path ends where so many strengths in a row (two decades) have not been better.
+_PATIENCE = 4
 #: Where the strength cannot be chosen; scikit-learn's default.
 _DEFAULT_STRENGTH = 1.0
 #: One row in so many is held out.
@@ -37,8 +39,9 @@ class LogisticRegression(LinearLearner):
     ``sklearn.linear_model.LogisticRegression(C)`` looks for.
 
     The strength C is the one of least likelihood loss on a held-out fifth of the rows, seeded and stratified by class;
-    then all rows are fitted again. A class of one row is never held out. Where fewer than ten rows would be held out
-    (as with fewer than 48 rows in all, or one row a class), C stays 1 and no held-out figures are reported.
+    then all rows are fitted again. Strengths are tried from the smallest C on, until four in a row are no better. A
+    class of one row is never held out. Where fewer than ten rows would be held out (as with fewer than 48 rows in all,
+    or one row a class), C stays 1 and no held-out figures are reported.
 
     Every key is kept, in the dtype in which it came. The problem is solved in the principal axes of the keys, scaled by
     the curvature there, in which L-BFGS needs few iterations at any strength; neither changes the objective.
@@ -46,7 +49,8 @@ class LogisticRegression(LinearLearner):
     Args:
         in_features: Width d of the keys; from the first batch where not given.
         out_features: Number of classes c; from the labels where not given.
-        strengths: Values of C to choose among; a single one is taken as it is.
+        strengths: Values of C to choose among, by default the half decades from 10^-6 to 10^8; a single one is taken
+            as it is.
         class_weight: ``"balanced"`` weighs the rows of class c by N/(c N_c), as scikit-learn does, in the fit and in
             the held-out loss.
         max_iterations: Of L-BFGS, for one strength; a fit that needs more is warned about.
@@ -165,14 +169,18 @@ class LogisticRegression(LinearLearner):
             return _Choice(_DEFAULT_STRENGTH), None
         seen, unseen = problem.part(~held_out), problem.part(held_out)
         best: tuple[_Choice, _Optimum | None] = (_Choice(self.strengths[0]), None)
-        best_loss, optimum = math.inf, None
+        best_loss, worse, optimum = math.inf, 0, None
         for strength in self.strengths:  # from strong to weak penalties, each from where the last one ended
             tolerance = _PATH_TOLERANCE * (1.0 if optimum is None else min(1.0, optimum.loss**0.5))
             optimum = seen.minimize(strength, optimum, tolerance)
             loss, accuracy = unseen.evaluate(optimum)
             if loss < best_loss:
                 at_edge = strength in (self.strengths[0], self.strengths[-1])
-                best, best_loss = (_Choice(strength, loss, accuracy, at_edge), optimum), loss
+                best, best_loss, worse = (_Choice(strength, loss, accuracy, at_edge), optimum), loss, 0
+            else:
+                worse += 1
+                if worse == _PATIENCE:
+                    break
         return best
 
     # ------------------------------------------------------------------ state and reporting

@@ -97,7 +97,7 @@ class Memory(LabelLearner):
         with torch.autocast(queries.device.type, enabled=False):  # scores in half precision find other neighbors
             values = self._read(queries)
         unreadable = ~queries.isfinite().all(-1, keepdim=True)
-        return values.masked_fill(unreadable, float("nan")).reshape(*keys.shape[:-1], -1)
+        return values.masked_fill(unreadable, float("nan")).reshape(*keys.shape[:-1], values.shape[1])
 
     def forward(self, keys: Tensor) -> Tensor:
         """Logits [..., c] of keys [..., d]; zeros before the first solve, where the sizes are declared."""
