@@ -76,7 +76,7 @@ def log_comparison(
         "project": project,
         "entity": entity,
         "group": group or group_name(comparison),
-        "dir": str(directory),
+        "dir": str(directory.resolve()),  # W&B's process may have another working directory
         "reinit": "create_new",  # a run that the caller has open stays open
         # the terminal and the load of this machine are those of logging, not of the methods
         "settings": wandb.Settings(console="off", x_disable_stats=True),

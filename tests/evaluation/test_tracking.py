@@ -3,10 +3,9 @@
 import json
 import math
 import sys
-import time
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,18 +14,10 @@ from lightning_faast.evaluation.report import entry_figures
 from lightning_faast.evaluation.summary import Comparison
 from lightning_faast.evaluation.tracking import METRICS, group_name, log_comparison
 from tests.evaluation.synthetic import CLASSES, METHODS, comparison
-from tests.test_loggers import read_wandb, wandb_records
+from tests.wandb_files import Run, read_run
 
 wandb = pytest.importorskip("wandb")
-
-
-class Logged(NamedTuple):
-    files: Path
-    run: Any
-    records: dict
-    config: dict
-    summary: dict
-    history: list
+Logged = namedtuple("Logged", ["files", *Run._fields])
 
 
 @pytest.fixture(autouse=True)
@@ -62,37 +53,21 @@ def logged(tmp_path_factory):
     return written, runs(directory), directory
 
 
-def records_of(file):
-    """The records of a run that has ended, by type; W&B's own process writes the last ones after ``finish``."""
-    for _ in range(100):
-        records = list(wandb_records(file))
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            break
-        time.sleep(0.1)
-    found = {}
-    for record in records:
-        kind = record.WhichOneof("record_type")
-        found.setdefault(kind, []).append(getattr(record, kind))
-    return found
-
-
 def runs(directory):
-    """The runs in a folder by their names: records, config, summary and history."""
-    found = {}
-    for file in directory.glob("wandb/offline-run-*/run-*.wandb"):
-        records = records_of(file)
-        (run,) = records["run"]
-        assert run.display_name not in found
-        found[run.display_name] = Logged(file.parent / "files", run, records, *read_wandb(file))
+    """The runs in a folder by their names, each with the folder of its files."""
+    files = list(directory.glob("wandb/offline-run-*/run-*.wandb"))
+    found = {run.about.display_name: Logged(file.parent / "files", *run) for file in files for run in [read_run(file)]}
+    assert len(found) == len(files)
     return found
 
 
 def test_a_run_for_each_method_in_one_group(logged):
     written, found, _ = logged
     assert set(found) == {*METHODS, "comparison"}
-    for name, (_, run, _, config, _, _) in found.items():
-        assert (run.project, run.entity, run.run_group) == ("digits", "team", group_name(written))
-        assert run.job_type == ("report" if name == "comparison" else "compare")
+    for name, run in found.items():
+        about, config = run.about, run.config
+        assert (about.project, about.entity, about.run_group) == ("digits", "team", group_name(written))
+        assert about.job_type == ("report" if name == "comparison" else "compare")
         assert config["recipe"] == "recipes/vit_cifar.yaml"
         assert config["encoder"].startswith("vit_small_patch14_dinov2")
         assert config["reference"] == "faast"
@@ -116,7 +91,7 @@ def test_history_holds_the_same_figures_as_the_tables(logged):
 
 def test_metrics_are_drawn_against_train_rows(logged):
     _, found, _ = logged
-    metrics = found["knn"].records["metric"]
+    metrics = found["knn"].metrics
     assert {metric.name for metric in metrics} == {"train_rows", "examples_per_class", *METRICS}
     assert {metric.step_metric for metric in metrics if metric.name != "train_rows"} == {"train_rows"}
 
@@ -153,16 +128,17 @@ def test_table_page_and_figures(logged):
         assert (run.files / run.summary[f"figures/{name}/path"]).read_bytes() == content
 
 
-def test_method_without_any_result(report):
+def test_method_without_any_result_in_the_working_directory(report, monkeypatch):
     records = [
         Record("faast", 4, 0, "done", num_classes=2, train_rows=8, test_rows=9, accuracy=0.5, loss=math.inf),
         Record("lora", 4, 0, "refused", reason="The encoder has no attention."),
         Record("lora", None, 0, "failed", reason="Out of memory."),
     ]
-    log_comparison(Comparison(records, [None] * 3, "faast", {}), "digits", report, group="mine")
+    monkeypatch.chdir(report)
+    log_comparison(Comparison(records, [None] * 3, "faast", {}), "digits", Path(), group="mine")
     found = runs(report)
     lora = found["lora"]
-    assert lora.run.run_group == "mine"
+    assert lora.about.run_group == "mine"
     assert lora.config["shots"] == [4, "all"]
     assert lora.history == []
     assert lora.summary["status"] == "failed"
@@ -198,8 +174,8 @@ def test_no_run_is_left_open_by_an_error_and_none_of_the_caller_is_closed(report
             log_comparison(Comparison([record], [None], "faast", {}), "digits", report)
         assert wandb.run is mine
         mine.log({"still": 1})
-    codes = {name: [end.exit_code for end in logged.records["exit"]] for name, logged in runs(report).items()}
-    assert codes == {"faast": [0], "comparison": [1]}
+    codes = {name: run.exit_code for name, run in runs(report).items()}
+    assert codes == {"faast": 0, "comparison": 1}
 
 
 def test_wandb_not_installed(monkeypatch, report):
