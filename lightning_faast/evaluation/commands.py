@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PROGRAM = "python -m lightning_faast"
+_TABLE_WIDTH = 100  # columns that the table needs, also where the output is no terminal
 
 _COMPARE = """\
 Run methods side by side on one recipe and report accuracy, time and memory.
@@ -76,9 +77,11 @@ def compare(args: Sequence[str]) -> int:
     given, options = parser.parse_known_args(list(args))
     _refuse_stray(parser, options)
 
+    from rich.console import Console
+
     from lightning_faast.evaluation.compare import Comparer
     from lightning_faast.evaluation.keys import KeyStore
-    from lightning_faast.evaluation.report import write_report
+    from lightning_faast.evaluation.report import terminal, write_report
 
     out = given.out or Path("comparisons") / Path(given.recipe).stem
     methods = [given.reference, *(shipped_methods() if given.methods is None else given.methods)]
@@ -90,10 +93,12 @@ def compare(args: Sequence[str]) -> int:
         interrupted = True
         comparer.console.print("Interrupted. What is finished is kept; the same command runs the rest.")
     command = shlex.join(["python", "-m", "lightning_faast", "compare", *args])
+    if not comparer.records():
+        return 130
     comparison = comparer.comparison(given.reference, command)
-    if comparison.records:
-        for path in write_report(comparison, out):
-            comparer.console.print(str(path), markup=False, highlight=False)
+    written = write_report(comparison, out)
+    Console(width=max(_TABLE_WIDTH, Console().width)).print(terminal(comparison))
+    comparer.console.print(f"{len(written)} files in {out}, of which to look at: {out / 'comparison.html'}")
     if given.wandb and not interrupted:
         from lightning_faast.evaluation.tracking import log_comparison
 

@@ -26,7 +26,7 @@ from lightning_faast.evaluation.records import Record, load_record, load_rows, s
 from lightning_faast.evaluation.summary import Comparison
 
 _COMMAND = ("python", "-m", "lightning_faast", "fit")
-_VERSIONS = ("lightning-faast", "torch", "lightning", "timm")
+_VERSIONS = ("torch", "lightning", "timm")
 _MEMORY_OF_AN_ERROR = 4000  # last characters of a log that are read
 
 
@@ -182,12 +182,15 @@ class Comparer:
         there = [run for run in self.runs if run.path.is_file()]
         records = [load_record(run.path) for run in there]
         about = {
+            "title": Path(self.recipe).stem,
             "recipe": self.recipe,
-            "encoder": type(self.bench.encoder.module).__name__,
+            "encoder": _describe(self.bench.encoder.module),
             "options": shlex.join(self.options),
             "classes": str(len(self.bench.data.class_names)),
             "device": self.bench.device_name,
-            "versions": ", ".join(f"{name} {version(name)}" for name in _VERSIONS),
+            "versions": ", ".join(
+                [f"lightning-faast {__version__}", *(f"{name} {version(name)}" for name in _VERSIONS)]
+            ),
             "date": date.today().isoformat(),
             "command": command,
         }
@@ -246,6 +249,11 @@ class Comparer:
             save_record(replace(load_record(run.path), command=run.command), None, run.path)
         elif not processes.stopped:
             save_record(run.nothing(*_judge_log(log, returned)), None, run.path)
+
+
+def _describe(encoder: Any) -> str:
+    name = getattr(encoder, "model_name", None)
+    return type(encoder).__name__ + (f" {name}" if name else "")
 
 
 def progress_display(console: Console) -> Progress:
