@@ -79,7 +79,8 @@ def shipped_root() -> Path:
 def shipped_configs(folder: str) -> list[str]:
     """List the shipped YAML files under ``recipes`` or ``configs``, as they are named after ``--config``."""
     root = shipped_root()
-    return sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("*.yaml"))
+    names = (path.relative_to(root).as_posix() for path in (root / folder).rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("configs/sweeps/"))  # W&B reads those, not --config
 
 
 def find_config(name: str) -> str:

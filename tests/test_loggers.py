@@ -1,14 +1,13 @@
 """The same run in every logger, read back from what it wrote."""
 
 import csv
-import json
-import struct
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lightning_faast.lightning_cli import FaastCLI
+from tests.wandb_files import read_run
 
 TINY = [
     "--config", "recipes/quickstart.yaml", "--model.encoder.model_name=test_resnet", "--model.encoder.pretrained=false",
@@ -51,45 +50,6 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert list(Path("logs/version_0/checkpoints").glob("*.ckpt"))
 
 
-def wandb_records(path):
-    """The protocol buffers of an offline run: a LevelDB log of 32 KiB blocks, whose records may span blocks."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, content = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:  # too short for a header: padding
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        content += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(content)
-            content = b""
-
-
-def read_wandb(path):
-    """Config, summary and history of an offline run."""
-    config, summary, history = {}, {}, []
-
-    def items(updates):
-        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-
-    for record in wandb_records(path):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            config.update(items(record.run.config.update))
-        elif kind == "config":
-            config.update(items(record.config.update))
-        elif kind == "summary":
-            summary.update(items(record.summary.update))
-        elif kind == "history":
-            history.append(items(record.history.item))
-    return config, summary, history
-
-
 def test_wandb_runs_of_two_methods_in_one_directory(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
@@ -105,7 +65,7 @@ def test_wandb_runs_of_two_methods_in_one_directory(tmp_path, monkeypatch):
     files = sorted(Path("logs/wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
     for file in files:
-        config, summary, history = read_wandb(file)
+        _, config, summary, history, *_ = read_run(file)
         readout = config["model"]["head"]["init_args"]["readout"]
         metrics, run = expected.pop(readout)
         assert file.stem == f"run-{run}"
