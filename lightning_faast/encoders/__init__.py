@@ -5,8 +5,17 @@ from typing import TYPE_CHECKING
 from lightning_faast.lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_faast.encoders.clip import ClipEncoder
+    from lightning_faast.encoders.identity import Identity
     from lightning_faast.encoders.vision import VisionEncoder
 
-__all__ = ["VisionEncoder"]
+__all__ = ["ClipEncoder", "Identity", "VisionEncoder"]
 
-__getattr__, __dir__ = attach(__name__, {"VisionEncoder": "lightning_faast.encoders.vision"})
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "ClipEncoder": "lightning_faast.encoders.clip",
+        "Identity": "lightning_faast.encoders.identity",
+        "VisionEncoder": "lightning_faast.encoders.vision",
+    },
+)
