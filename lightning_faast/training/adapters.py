@@ -35,7 +35,7 @@ class Adapter:
 
 
 class FullFinetuning(Adapter):
-    """Train every parameter of the encoder, those of early layers at lower learning rates.
+    """Train every parameter that inputs pass through, those of early layers at lower learning rates.
 
     Layer l of L trains at ``layer_decay ** (L - 1 - l)`` times the optimizer's rate, and the head at the rate itself.
     Weight decay is the optimizer's own; biases, norms and what the model names (position embeddings) get none.
@@ -48,7 +48,8 @@ class FullFinetuning(Adapter):
         layer_decay: Of the learning rate from one layer to the one before it, in (0, 1]; 1 trains all alike.
 
     Raises:
-        ValueError: Where ``layer_decay`` is out of its range, or below 1 for an encoder without layers.
+        ValueError: Where ``layer_decay`` is out of its range, or below 1 for an encoder without layers, and for an
+            encoder without parameters.
 
     Example:
         >>> from lightning_faast.encoders import VisionEncoder
@@ -64,47 +65,63 @@ class FullFinetuning(Adapter):
         self.layer_decay = layer_decay
 
     def adapt(self, encoder: nn.Module) -> nn.Module:
-        """Let every parameter be trained."""
+        """Let every parameter be trained that inputs pass through."""
+        parameters = _input_parameters(encoder)
+        if not parameters:
+            raise ValueError(
+                f"the encoder {_describe(encoder)} has no parameters: there is nothing to fine-tune. Train its head "
+                "alone, without an adapter (--model.adapter=null)."
+            )
         _unfreeze(encoder)
-        return encoder.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return encoder
 
     def parameter_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
         """Group the parameters by layer, and within it by whether they decay."""
-        model = next((part for part in encoder.modules() if hasattr(part, "group_matcher")), None)
+        model: Any = next((part for part in encoder.modules() if hasattr(part, "group_matcher")), None)
         if model is None:
             return self._generic_groups(encoder)
         from timm.optim import param_groups_layer_decay  # timm takes a second to import
 
-        unlike = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-        # without a weight decay here, groups are left with none of their own and take the optimizer's
         groups = param_groups_layer_decay(
-            model, weight_decay=None, no_weight_decay_list=unlike, layer_decay=self.layer_decay
+            model,
+            weight_decay=None,  # left out below: the optimizer's own
+            no_weight_decay_list=model.no_weight_decay() if hasattr(model, "no_weight_decay") else (),
+            layer_decay=self.layer_decay,
         )
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
-        around = [parameter for parameter in encoder.parameters() if id(parameter) not in grouped]
+        around = [p for p in encoder.parameters() if p.requires_grad and id(p) not in grouped]
         groups = [{name: value for name, value in group.items() if value is not None} for group in groups]
-        return [*groups, {"params": around}] if around else groups
+        return [*groups, {"params": around}]
 
     def _generic_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
-        stacks = [part for part in encoder.named_modules() if isinstance(part[1], nn.ModuleList | nn.Sequential)]
-        path, layers = max(stacks, key=lambda stack: len(stack[1]), default=("", ()))
+        stacks = [
+            (name, part)
+            for name, part in encoder.named_modules()
+            if isinstance(part, nn.ModuleList | nn.Sequential) and any(p.requires_grad for p in part.parameters())
+        ]
+        path, stack = max(stacks, key=lambda named: len(named[1]), default=("", nn.ModuleList()))
+        layers = [name for name, _ in stack.named_children()]
         if len(layers) < 2 and self.layer_decay < 1:
             raise ValueError(
-                f"layer_decay={self.layer_decay}, but the encoder {type(encoder).__name__} has no nn.ModuleList or "
+                f"layer_decay={self.layer_decay}, but the encoder {_describe(encoder)} has no nn.ModuleList or "
                 "nn.Sequential whose entries could be its layers. Set layer_decay=1 "
                 "(--model.adapter.layer_decay=1)."
             )
         prefix, last = f"{path}." if path else "", max(len(layers) - 1, 0)
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
-        layer = 0
+        outside = 0
         for name, parameter in encoder.named_parameters():
             if layers and name.startswith(prefix):
-                layer = list(layers._modules).index(name.removeprefix(prefix).split(".")[0])  # type: ignore[union-attr]
-            elif layer:
-                layer = last  # registered after the layers
-            decays = parameter.ndim > 1
-            group = {"params": [], "lr_scale": self.layer_decay ** (last - layer)} | ({} if decays else _NO_DECAY)
-            groups.setdefault((layer, decays), group)["params"].append(parameter)
+                layer, outside = layers.index(name.removeprefix(prefix).split(".")[0]), last
+            else:
+                layer = outside
+            if not parameter.requires_grad:
+                continue
+            decay = {} if parameter.ndim > 1 else {"weight_decay": 0.0}
+            group = {"params": [], "lr_scale": self.layer_decay ** (last - layer), **decay}
+            groups.setdefault((layer, bool(decay)), group)["params"].append(parameter)
         return list(groups.values())
 
 
@@ -164,19 +181,18 @@ class Lora(Adapter):
         )
         adapted: nn.Module = peft.inject_adapter_in_model(config, encoder)
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        rank_zero_info(f"LoRA: {trained:,} parameters trained beside {len(targets)} layers of {_describe(encoder)}.")
+        rank_zero_info(f"LoRA: {trained:,} parameters trained in {_describe(encoder)}.")
         return adapted
-
-
-_NO_DECAY = {"weight_decay": 0.0}
 
 
 def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:
     """Find the linear layers of every attention in an encoder, by their names, as timm and transformers give them.
 
     Left out are layers whose weight the attention reads without calling them, so that an update would have no effect:
-    those of ``nn.MultiheadAttention``, and timm's ``qkv`` where query and value have biases of their own.
+    those of ``nn.MultiheadAttention``, and timm's ``qkv`` where query and value have biases of their own. So is the
+    text tower of a CLIP encoder.
     """
+    reached = {id(parameter) for parameter in _input_parameters(encoder)}
     found = {}
     for name, layer in encoder.named_modules():
         path, _, leaf = name.rpartition(".")
@@ -186,8 +202,15 @@ def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:
             continue
         if leaf == "qkv" and getattr(encoder.get_submodule(path), "q_bias", None) is not None:
             continue
-        found[name] = layer
+        if id(layer.weight) in reached:
+            found[name] = layer
     return found
+
+
+def _input_parameters(encoder: nn.Module) -> list[nn.Parameter]:
+    """All parameters, or those of the image tower of a CLIP model, whose text tower gives values and is not trained."""
+    towers: Any = next((part for part in encoder.modules() if hasattr(part, "image_parameters")), None)
+    return list(encoder.parameters() if towers is None else towers.image_parameters())
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
