@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_faast import FaastCallback, FaastModule, FastWeights
+from lightning_faast.training import Adapter
 
 WIDTH = 8
 
@@ -191,6 +192,51 @@ def test_nothing_to_optimize_says_what_to_do(tmp_path):
         RuntimeError, match=r"nothing to optimize: .*Encoder.*FastWeights.*FaastCallback\(\).*torch.nn.Linear"
     ):
         make_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=Blobs())
+
+
+@pytest.mark.parametrize("head", [FastWeights, nn.Linear])
+def test_a_fit_of_no_epochs_trains_nothing(tmp_path, head):
+    module = FaastModule(make_encoder(frozen=False), head, num_classes=3)
+    before = state(module)
+    trainer = make_trainer(tmp_path, max_epochs=0)
+    trainer.fit(module, datamodule=Blobs())
+    assert not any(optimizer.param_groups for optimizer in trainer.optimizers)
+    assert trainer.global_step == 0
+    assert_equal_states(before, state(module))
+
+
+def test_a_frozen_part_of_an_encoder_that_trains_stays_as_it_is(tmp_path):
+    encoder = make_encoder(frozen=False)
+    encoder.net[1].requires_grad_(False)
+    module = FaastModule(encoder, nn.Linear, num_classes=3)
+    before = state(encoder.net[1])
+    assert not encoder.net[1].training
+    assert encoder.net[3].training  # dropout has nothing that could be frozen
+    make_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, datamodule=Blobs())
+    assert_equal_states(before, state(encoder.net[1]))
+
+
+class SlowEncoder(Adapter):
+    """Gives the encoder a tenth of the rate."""
+
+    def parameter_groups(self, encoder):
+        return [group | {"lr_scale": 0.1, "momentum": 0.5} for group in super().parameter_groups(encoder)]
+
+
+def test_the_adapters_groups_reach_optimizer_and_schedule(tmp_path):
+    module = FaastModule(
+        make_encoder(frozen=False),
+        nn.Linear,
+        num_classes=3,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
+        adapter=SlowEncoder(),
+    )
+    trainer = make_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, datamodule=Blobs())
+    groups = trainer.optimizers[0].param_groups
+    assert [(group["lr"], group["momentum"]) for group in groups] == [(pytest.approx(0.05), 0.5), (0.5, 0)]
+    assert [len(group["params"]) for group in groups] == [4, 2]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from lightning_faast.lightning_cli import FaastCLI
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+# sweeps are written for wandb, not for --config
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps"
+)
 METHODS = [path for path in CONFIGS if path.startswith("configs/methods/")]
 ONE_PASS = [path for path in METHODS if "FaastCallback" in (ROOT / path).read_text()]
 SHARED = ROOT.parent / "shared"

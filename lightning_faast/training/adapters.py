@@ -93,7 +93,7 @@ class FullFinetuning(Adapter):
         grouped = {id(parameter) for group in groups for parameter in group["params"]}
         around = [p for p in encoder.parameters() if p.requires_grad and id(p) not in grouped]
         groups = [{name: value for name, value in group.items() if value is not None} for group in groups]
-        return [*groups, {"params": around}]
+        return [*groups, {"params": around, "lr_scale": 1.0}] if around else groups
 
     def _generic_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
         stacks = [
