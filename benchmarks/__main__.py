@@ -19,6 +19,7 @@ BENCHMARKS = {
     "regularization_path": "decomposition, GCV and read-out / one ridge by eigh",
     "memory": "growth of the peak memory with N / storing the keys",
     "prediction": "FastWeights / nn.Linear",
+    "memories": "FastWeights / memories of the same rows and faiss's flat index: bytes, time of a prediction",
     "loader": "images/s of the loader with two workers / decoding alone",
 }
 _OUT = Path("docs/benchmarks.md")

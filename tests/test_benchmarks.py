@@ -9,7 +9,7 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.harness import Row, Samples, Section, Settings, Target, in_turn, interleave
 from benchmarks.report import markdown
 
-ROWS = {"fit": 3, "solve": 16, "regularization_path": 2, "memory": 3, "prediction": 2, "loader": 3}
+ROWS = {"fit": 3, "solve": 16, "regularization_path": 2, "memory": 3, "prediction": 2, "memories": 16, "loader": 3}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def test_targets_are_stated(quick: tuple[list[Section], str]) -> None:
     assert stated["regularization_path"] == {"≤ 1.2"}
     assert stated["memory"] == {"≤ 0.05 of storing the keys"}
     assert stated["prediction"] == {"≤ 1.05"}
+    assert stated["memories"] == {"none"}  # tiny sizes have none
 
 
 def test_report_holds_every_row_and_where_it_was_measured(quick: tuple[list[Section], str]) -> None:
