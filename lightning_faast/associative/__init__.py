@@ -11,6 +11,7 @@ from lightning_faast.associative.readers import KNN, SoftmaxMemory, WeightedKNN
 from lightning_faast.associative.readout import Discriminant, PairedDiscriminants, Regression
 from lightning_faast.associative.regularization import (
     GCV,
+    Automatic,
     Choice,
     LeaveOneOut,
     PaperRule,
@@ -26,6 +27,7 @@ from lightning_faast.associative.statistics import SufficientStatistics
 __all__ = [
     "GCV",
     "KNN",
+    "Automatic",
     "Choice",
     "Discriminant",
     "FastWeights",

@@ -11,15 +11,14 @@ from torch.nn import functional as F
 from lightning_faast.associative.readout import LeaveOneOutScores
 from lightning_faast.associative.spectrum import as_dense
 
-#: Rows under which a temperature is noise.
-MIN_ROWS = 50
-#: Temperatures where there are fewer, by read-out: near what larger samples of image features led to (measured on
-#: CIFAR-10 with EfficientNet-Lite0 and ViT-S/14 keys: 2.2 to 4.1 for the discriminant).
+#: What divides the scores where no row says better, and the centre of the prior where some do, by read-out: near what
+#: samples of image and sentence keys led to (CIFAR-10 with EfficientNet-Lite0 and ViT-S/14, CLINC150, SST-2).
 DEFAULT_TEMPERATURE = {"discriminant": 3.0, "regression": 0.2}
-#: Range of the search: the mean spread of a row's scores over the temperature, in nats. Beyond the upper end lie only
-#: scores that separate every row, whose likelihood would have no maximum.
-_SPREADS = (1e-4, 1e2)
-_BISECTIONS = 48
+#: The same for a discriminant of one row a class, which knows of no spread within a class at all.
+ONE_SHOT_TEMPERATURE = 10.0
+#: The search goes from the centre over so many powers of e to both sides.
+_RANGE = 40.0
+_STEPS = 100
 
 
 def log_loss(loo: LeaveOneOutScores, temperature: float, *, multilabel: bool) -> float:
@@ -32,34 +31,57 @@ def log_loss(loo: LeaveOneOutScores, temperature: float, *, multilabel: bool) ->
     return float(weighted_mean(losses, loo.weights))
 
 
-def fit_temperature(loo: LeaveOneOutScores, *, multilabel: bool) -> float | None:
-    """The temperature of highest likelihood, or None where fewer than 50 rows are scored, or all scores are equal.
+def fit_temperature(loo: LeaveOneOutScores, center: float, *, multilabel: bool) -> float | None:
+    r"""The temperature of highest posterior probability, or None where no row is scored, or all scores are equal.
 
-    The loss is convex in 1/T: its slope is bisected.
+    .. math::
+        \min_\beta \sum_i w_i \ell_i(\beta s_i + \log\pi) + \beta/\beta_0 - \log(\beta/\beta_0),
+        \quad \beta = 1/T,\ \beta_0 = 1/\mathrm{center}
+
+    The prior is a Gamma distribution with its mode at the center, worth about one row: a factor of e either way is one
+    standard deviation. The sum is convex in 1/T, and its slope is followed to its one zero.
     """
-    if int((loo.weights > 0).any(1).sum()) < MIN_ROWS:
-        return None
-    scores = loo.scores
-    spread = scores.abs() if multilabel else scores - scores.mean(1, keepdim=True)
-    scale = float(weighted_mean(spread.abs().mean(1, keepdim=True), (loo.weights > 0).any(1, keepdim=True).double()))
+    scores, multihot = loo.scores, loo.values if multilabel else as_dense(loo.values, loo.scores.shape[1])
+    weights = loo.weights.expand_as(scores)
+    spread = scores if multilabel else scores - scores.mean(1, keepdim=True)
+    scale = float(torch.where(weights > 0, spread, 0.0).abs().max())
     if not (scale > 0 and math.isfinite(scale)):
         return None
-    targets = loo.values if multilabel else as_dense(loo.values, scores.shape[1])
-    weights = loo.weights.expand_as(scores)
 
-    def slope(inverse: float) -> float:
+    def slopes(log_inverse: float) -> tuple[float, float]:
+        """First derivative of the sum by log(1/T), and a bound of the second."""
+        inverse = math.exp(log_inverse)
         logits = scores * inverse + loo.log_prior
         probabilities = logits.sigmoid() if multilabel else logits.softmax(-1)
-        return float((torch.where(weights > 0, (probabilities - targets) * scores, 0.0) * weights).sum())
-
-    low, high = (math.log(nats / scale) for nats in _SPREADS)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if slope(math.exp(middle)) < 0:
-            low = middle
+        first = torch.where(weights > 0, (probabilities - multihot) * spread, 0.0) * weights
+        if multilabel:
+            variance = probabilities * (1 - probabilities) * spread.square()
         else:
-            high = middle
-    return math.exp(-(low + high) / 2)
+            mean = (probabilities * spread).sum(1, keepdim=True)
+            variance = probabilities * (spread - mean).square()
+        second = (torch.where(weights > 0, variance, 0.0) * weights).sum()
+        ratio = inverse * center
+        slope = inverse * float(first.sum()) + ratio - 1
+        return slope, inverse**2 * float(second) + ratio + inverse * float(first.sum())
+
+    low, high = -math.log(center) - _RANGE, -math.log(center) + _RANGE
+    at = -math.log(center)
+    for _ in range(_STEPS):  # Newton, within a bracket
+        slope, curvature = slopes(at)
+        low, high = (at, high) if slope < 0 else (low, at)
+        following = at - slope / curvature if curvature > 0 else math.inf
+        if not low < following < high:
+            following = (low + high) / 2
+        if abs(following - at) < 1e-12:
+            break
+        at = following
+    return math.exp(-at)
+
+
+def temperature_penalty(temperature: float, center: float) -> float:
+    """Negative log density, in nats, of the prior of :func:`fit_temperature`; 0 at its mode."""
+    ratio = center / temperature
+    return ratio - math.log(ratio) - 1
 
 
 def accuracy(loo: LeaveOneOutScores, temperature: float, *, multilabel: bool) -> float:

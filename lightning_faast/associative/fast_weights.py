@@ -13,12 +13,22 @@ from torch.nn import functional as F
 from lightning_faast.associative.batches import rows_of_values
 from lightning_faast.associative.learner import Learner
 from lightning_faast.associative.processes import reduced
-from lightning_faast.associative.regularization import GCV, LeaveOneOut, Regularization
+from lightning_faast.associative.regularization import Automatic, LeaveOneOut, Regularization
 from lightning_faast.associative.reservoir import Reservoir
 from lightning_faast.associative.solution import Solution, Task
 from lightning_faast.associative.solver import Rows, Solver
 from lightning_faast.associative.statistics import SufficientStatistics
 
+#: Buffers whose sizes an unfitted layer takes from what it loads.
+_SIZED = (
+    "weight",
+    "bias",
+    "log_prior",
+    "correction_weight",
+    "correction_bias",
+    "class_embeddings",
+    "zero_shot",
+)
 #: Tasks by their number in the ``task`` buffer; 0 is none yet.
 _TASKS = ("", *get_args(Task))
 
@@ -29,7 +39,7 @@ class FastWeights(Learner):
     Args:
         in_features: Width d of the keys; from the first batch where not given.
         out_features: Number of outputs c; from the values where not given.
-        regularization: How much to regularize, :class:`GCV` where not given.
+        regularization: How much to regularize, :class:`Automatic` where not given.
         readout: ``"discriminant"``, ``"regression"``, or ``"auto"``: the discriminant for class labels (integers,
             one-hot or multi-hot) under a ridge with a bias, regression for everything else.
         bias: Whether a bias is fitted, by exact centring. :class:`PaperRule` never has one.
@@ -37,6 +47,8 @@ class FastWeights(Learner):
         prior: Class prior of the discriminant: ``"frequency"`` (of the training rows), ``"uniform"``, or
             probabilities [c].
         shrink_means: Whether the discriminant's class means are shrunk by empirical Bayes, which helps rare classes.
+        correct: Whether the discriminant's logits get a correction from the sample's leave-one-out scores, which
+            closes the distance to logistic regression.
         empty_classes: ``"error"``, or ``"mask"``: a class without rows gets probability 0.
         reservoir_size: Rows kept for leave-one-out scores (temperature, accuracy); 0 switches them off.
         class_embeddings: [c, e], the value of each class. Logits are ``scale`` times the cosine between W x and them.
@@ -49,8 +61,11 @@ class FastWeights(Learner):
     Attributes:
         weight: W, [c, d] ([e, d] with class embeddings): the exact solution, without temperature.
         bias: b, [c].
-        temperature: Scalar; logits = (x W^T + b) / temperature + log_prior, so that their softmax is a probability.
+        temperature: Scalar; logits = (x W^T + b) / temperature + log_prior + (x B^T + b'), so that their softmax is a
+            probability.
         log_prior: [c].
+        correction_weight: B, in the shape of W: what the sample adds; zeros where nothing.
+        correction_bias: b', [c].
         solution: :class:`Solution` of the last solve in this process, else None.
 
     Shape:
@@ -76,6 +91,8 @@ class FastWeights(Learner):
     bias: Tensor
     temperature: Tensor
     log_prior: Tensor
+    correction_weight: Tensor
+    correction_bias: Tensor
     class_embeddings: Tensor | None
     zero_shot: Tensor | None
     blend: Tensor
@@ -92,6 +109,7 @@ class FastWeights(Learner):
         normalize: bool = False,
         prior: Literal["frequency", "uniform"] | list[float] | Tensor = "frequency",
         shrink_means: bool = True,
+        correct: bool = True,
         empty_classes: Literal["error", "mask"] = "error",
         reservoir_size: int = 1000,
         class_embeddings: Tensor | None = None,
@@ -114,12 +132,13 @@ class FastWeights(Learner):
             raise ValueError(f"prior_count must not be negative, got {prior_count}.")
         if prior_count > 0 and zero_shot is None:
             raise ValueError("prior_count blends in zero-shot weights: give zero_shot as well.")
-        self.regularization = regularization if regularization is not None else GCV()
+        self.regularization = regularization if regularization is not None else Automatic()
         self.readout = readout
         self.has_bias = bias and self.regularization.allows_bias and class_embeddings is None
         self.normalize = normalize
         self.prior = prior
         self.shrink_means = shrink_means
+        self.correct = correct
         self.empty_classes = empty_classes
         self.scale = scale
         self.prior_count = prior_count
@@ -158,6 +177,8 @@ class FastWeights(Learner):
         rows = c if class_embeddings is None else class_embeddings.shape[1]
         self.register_buffer("weight", torch.zeros(rows if d else 0, d))
         self.register_buffer("bias", torch.zeros(rows))
+        self.register_buffer("correction_weight", torch.zeros_like(self.weight))
+        self.register_buffer("correction_bias", torch.zeros_like(self.bias))
         self.register_buffer("log_prior", torch.zeros(c))
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("blend", torch.zeros(()))  # r = N / (N + N0); 0 predicts by the zero-shot weights alone
@@ -176,7 +197,7 @@ class FastWeights(Learner):
             raise ValueError("class_embeddings are values to regress on: use readout='regression' or 'auto'.")
         if not self.regularization.is_ridge:
             raise ValueError(
-                f"readout='discriminant' needs a ridge (GCV, Ridge or LeaveOneOut); "
+                f"readout='discriminant' needs a ridge (Automatic, GCV, Ridge or LeaveOneOut); "
                 f"{type(self.regularization).__name__} truncates: use readout='regression'."
             )
         if not self.has_bias:
@@ -316,6 +337,7 @@ class FastWeights(Learner):
             self.has_bias,
             self.prior,
             self.shrink_means,
+            self.correct,
             self.empty_classes,
             embeds=embeddings is not None,
             outputs=outputs,
@@ -329,6 +351,9 @@ class FastWeights(Learner):
     def _store(self, solution: Solution, blend: float) -> None:
         self.in_features, self.out_features = self.statistics.num_features, len(solution.log_prior)
         new = {"weight": solution.weight, "bias": solution.bias, "log_prior": solution.log_prior}
+        for name in ("weight", "bias"):
+            correction = solution.correction
+            new[f"correction_{name}"] = getattr(correction, name) if correction else torch.zeros_like(new[name])
         numbers = {"temperature": solution.temperature, "blend": blend, "task": _TASKS.index(solution.task)}
         for name in (*new, *numbers):  # new tensors: what was read from the old ones keeps its values
             held = getattr(self, name)
@@ -340,7 +365,7 @@ class FastWeights(Learner):
         self.fold()
 
     def fold(self) -> None:
-        """Put temperature, prior and zero-shot blend into the one linear layer that forward applies.
+        """Put temperature, prior, correction and zero-shot blend into the one linear layer that forward applies.
 
         Done by itself after a solve, ``load_state_dict`` and ``to``; whoever writes into the buffers calls it. The
         result is kept as plain attributes, which are read faster: a prediction costs what an nn.Linear's does.
@@ -350,7 +375,8 @@ class FastWeights(Learner):
             weight = (1 - self.blend) * self.zero_shot.to(weight) + self.blend * weight
             bias = self.blend * bias
         if self.class_embeddings is None:
-            weight, bias = weight / self.temperature, bias / self.temperature + self.log_prior
+            weight = weight / self.temperature + self.correction_weight
+            bias = bias / self.temperature + self.log_prior + self.correction_bias
         self._folded = (weight, bias)
         self._is_linear = bool(weight.shape[1]) and not self.normalize and self.class_embeddings is None
 
@@ -469,7 +495,7 @@ class FastWeights(Learner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # An unfitted layer takes the sizes of what it loads; a sized one keeps nn.Module's own check.
         errors = args[-1]
-        for name in ("weight", "bias", "log_prior", "class_embeddings", "zero_shot"):
+        for name in _SIZED:
             loaded, held = state_dict.get(prefix + name), getattr(self, name)
             if loaded is not None and (held is None or held.numel() == 0):
                 like = self.temperature

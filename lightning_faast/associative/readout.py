@@ -72,8 +72,14 @@ class Readout(Protocol):
         """Bound on the relative error (Frobenius) of W that rounding of the sums can cause; infinite where unknown."""
         ...
 
-    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
-        """Scores of rows [R, d] that are among the training rows, each as if it had not been seen."""
+    def leave_one_out(self, coordinates: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+        """Scores of rows that are among the training rows, each as if it had not been seen.
+
+        Args:
+            coordinates: Their :meth:`Spectrum.coordinates`, [R, r].
+            values: Labels [R] or values [R, c].
+            weights: [R].
+        """
         ...
 
 
@@ -133,10 +139,10 @@ class Regression:
             first_order = spread + rounding * cut / (smallest * gap * size) + values / smallest
         return 2 * first_order / (1 - spread) if spread < 1 else math.inf
 
-    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+    def leave_one_out(self, coordinates: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """As in :class:`Readout`."""
         s = self.spectrum
-        x = s.coordinates(keys)
+        x = coordinates
         dense = as_dense(values.to(x.device), s.value_mean.shape[0])
         fitted = x @ self._coefficients + s.value_mean
         leverage = (x.square() * self.filter).sum(1, keepdim=True) + (1 / s.count if s.centered else 0.0)
@@ -208,7 +214,7 @@ class Discriminant:
         """As in :class:`Readout`."""
         return _metric_bound(self.spectrum, self._precision.trace, self._solved)
 
-    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+    def leave_one_out(self, coordinates: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         r"""As in :class:`Readout`; mu, k and the class prior are those of the fit.
 
         With u = x - m_c and f = w n_c/(n_c - w),
@@ -217,7 +223,7 @@ class Discriminant:
         without the row, its own class would be the rarest of a balanced set, and every estimate too low.
         """
         s = self.spectrum
-        x = s.coordinates(keys)  # relative to g
+        x = coordinates  # relative to g
         labels = _as_labels(values.to(x.device))
         w = weights.to(x)
         rows = torch.arange(len(x), device=x.device)
@@ -304,10 +310,10 @@ class PairedDiscriminants:
         """As in :class:`Readout`, of the direction of each row of W."""
         return _metric_bound(self.spectrum, float(self._inverse.sum()), self._inverse[:, None] * self._ones_mean)
 
-    def leave_one_out(self, keys: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
+    def leave_one_out(self, coordinates: Tensor, values: Tensor, weights: Tensor) -> LeaveOneOutScores:
         """As in :class:`Readout`; mu and the prior are those of the fit."""
         s = self.spectrum
-        x = s.coordinates(keys)  # relative to the grand mean
+        x = coordinates  # relative to the grand mean
         ones = values.to(x) > 0.5
         w = weights.to(x)[:, None]
         n, n_left = s.count, s.count - w

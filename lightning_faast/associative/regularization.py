@@ -18,6 +18,9 @@ _PER_DECADE = 12
 _ABOVE_FLOOR = 10.0
 #: ... to so many times the largest eigenvalue, where the fit is the mean of the values and nothing else.
 _ABOVE_LARGEST = 100.0
+#: The ridges, in decades around the mean eigenvalue, that Automatic tries first, and its last step.
+_COARSE = (-1.0, -0.5, 0.0, 0.5, 1.0)
+_FINE = 0.25
 #: A fit that can pass through every row and keeps less than this share of its degrees of freedom all but does.
 _INTERPOLATING = 0.05
 
@@ -63,6 +66,9 @@ class Regularization(ABC):
     is_ridge: bool = True
     #: Whether ``choose`` needs leave-one-out scores, and so a reservoir.
     needs_rows: bool = False
+    #: What its ``evaluate`` returns: the mean of a named or own metric, or ``"nats"``, all of a discriminant's negative
+    #: log posterior, for which the reservoir must hold every row.
+    metric: str | Callable[[Tensor, Tensor], float] = "log_loss"
 
     @abstractmethod
     def choose(self, spectrum: Spectrum, evaluate: Callable[[Choice], float] | None = None) -> Choice:
@@ -70,7 +76,7 @@ class Regularization(ABC):
 
         Args:
             spectrum: The decomposed statistics.
-            evaluate: The loss of a choice on leave-one-out scores; only where ``needs_rows``.
+            evaluate: The loss of a choice on leave-one-out scores, where there are any.
         """
 
 
@@ -179,11 +185,7 @@ class GCV(Regularization):
         Raises:
             ValueError: Where the weights sum to less than the number of directions they span.
         """
-        if spectrum.rank + int(spectrum.centered) > spectrum.count + 0.5:
-            raise ValueError(
-                f"The weights sum to {spectrum.count:.3g}, fewer rows than the rank {spectrum.rank} of the keys: a "
-                "weight of k counts as k equal rows. Scale the weights so that they sum to the number of rows."
-            )
+        _refuse_light_weights(spectrum)
         if spectrum.rank == 0:  # every key is the same: only the mean can be fitted, at any ridge
             return Choice("ridge", 1.0, at_edge=True)
         grid = ridge_grid(spectrum)
@@ -199,6 +201,50 @@ class GCV(Regularization):
             return Choice("ridge", float(mu), at_edge=True, grid=grid, scores=scores)
         fallback = max(self.fallback * float(spectrum.eigenvalues.mean()), float(grid[0]))
         return Choice("ridge", fallback, at_edge=True, grid=grid, scores=scores)
+
+
+@dataclass(frozen=True)
+class Automatic(Regularization):
+    r"""The default: by leave-one-out likelihood while the sample holds every row, by :class:`GCV` beyond.
+
+    GCV judges the squared error of a regression on one-hot values; a discriminant is used for its likelihood. With few
+    rows the two differ, and every row's exact leave-one-out score is at hand:
+
+    .. math::
+        \min_{\mu, T} \sum_i -\log p_{-i}(y_i \mid x_i; \mu, T)
+        + \tfrac12 \Big(\log_{10} \frac{\mu}{\bar\lambda}\Big)^2 + \mathrm{prior}(T)
+
+    The prior (around the mean eigenvalue, one standard deviation a decade) decides where some twenty rows do not; the
+    temperature's is that of the calibration. The ridges tried are half a decade apart, then a quarter. GCV is used for
+    more rows than the sample holds, without a reservoir, for a regression read-out, and where no row can be left out
+    (one example a class): the solution never depends on which rows were sampled.
+    """
+
+    metric = "nats"
+
+    def choose(self, spectrum: Spectrum, evaluate: Callable[[Choice], float] | None = None) -> Choice:
+        """The ridge of highest posterior probability, or GCV's."""
+        _refuse_light_weights(spectrum)
+        if evaluate is None or spectrum.rank == 0:
+            return GCV().choose(spectrum)
+        mean = float(spectrum.eigenvalues.mean())
+        found: dict[float, float] = {}
+
+        def objective(decade: float) -> float:
+            if decade not in found:
+                nats = evaluate(Choice("ridge", mean * 10**decade)) + decade**2 / 2
+                found[decade] = nats if math.isfinite(nats) else math.inf
+            return found[decade]
+
+        best = min(_COARSE, key=objective)
+        for step in (_COARSE[1] - _COARSE[0], _FINE):
+            while objective(following := min((best - step, best + step), key=objective)) < objective(best):
+                best = following
+        if not math.isfinite(found[best]):
+            return GCV().choose(spectrum)
+        decades = sorted(found)
+        grid, scores = (torch.tensor(v, dtype=torch.float64) for v in (decades, [found[d] for d in decades]))
+        return Choice("ridge", mean * 10**best, grid=mean * 10**grid, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -241,6 +287,14 @@ class LeaveOneOut(Regularization):
         run = [i for i in lowest if i - lowest[0] == lowest.index(i)]
         best = run[len(run) // 2]
         return Choice("ridge", float(grid[best]), at_edge=best in (0, len(grid) - 1), grid=grid, scores=scores)
+
+
+def _refuse_light_weights(spectrum: Spectrum) -> None:
+    if spectrum.rank + int(spectrum.centered) > spectrum.count + 0.5:
+        raise ValueError(
+            f"The weights sum to {spectrum.count:.3g}, fewer rows than the rank {spectrum.rank} of the keys: a "
+            "weight of k counts as k equal rows. Scale the weights so that they sum to the number of rows."
+        )
 
 
 def ridge_grid(spectrum: Spectrum) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_faast.associative.readout import LinearMap
 from lightning_faast.associative.regularization import Choice
 
 #: What values mean: labels or one-hot rows (``classes``), soft labels (``distribution``), 0/1 columns (``multilabel``).
@@ -24,8 +25,9 @@ class Solution:
         bias: b [c].
         log_prior: [c].
         temperature: Scores are divided by it to become logits.
-        temperature_fitted: False where the sample was too small (fewer than 50 rows), or none is kept; the temperature
-            is then 3 for a discriminant and 0.2 for a regression on classes, and 1 elsewhere.
+        temperature_fitted: False where no row could be left out, or none is kept; the temperature is then 3 for a
+            discriminant (10 where it saw one row a class) and 0.2 for a regression on classes, and 1 elsewhere.
+        correction: What the sample adds to the logits of a discriminant, :func:`fit_correction`; else None.
         regularization: The chosen value, whether at its grid's edge, and the path (``grid`` and ``scores``).
         effective_rank: Sum of lambda f(lambda): the rank kept by a truncation, the degrees of freedom of a ridge.
         rank: Eigenvalues above the rounding floor.
@@ -36,8 +38,8 @@ class Solution:
         shrinkage: k, by which class means n_c/(n_c + k) are shrunk towards their average (discriminant).
         r_squared: Training R^2 of the regression at this regularization, all columns together (around zero, not the
             mean, where no bias is fitted); NaN where the values do not vary.
-        leave_one_out_accuracy: Estimate of the test accuracy from the training rows; None without a reservoir,
-            without classes, or where the leave-one-out scores do not exist.
+        leave_one_out_accuracy: Estimate of the test accuracy from the training rows, before the correction; None
+            without a reservoir, without classes, or where the leave-one-out scores do not exist.
         leave_one_out_loss: The same for the mean negative log likelihood.
         seconds: Wall time of the solve.
     """
@@ -49,6 +51,7 @@ class Solution:
     log_prior: Tensor = field(repr=False)
     temperature: float
     temperature_fitted: bool
+    correction: LinearMap | None = field(repr=False)
     regularization: Choice
     effective_rank: float
     rank: int

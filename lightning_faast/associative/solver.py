@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_faast.associative import calibration
+from lightning_faast.associative import calibration, correction
 from lightning_faast.associative.readout import (
     MASKED_LOGIT,
     Discriminant,
@@ -23,7 +24,7 @@ from lightning_faast.associative.readout import (
     below_average,
     varies,
 )
-from lightning_faast.associative.regularization import Choice, LeaveOneOut, Regularization
+from lightning_faast.associative.regularization import Choice, Regularization
 from lightning_faast.associative.reservoir import Reservoir
 from lightning_faast.associative.solution import Solution, Task
 from lightning_faast.associative.spectrum import Spectrum
@@ -47,6 +48,7 @@ class Solver:
         has_bias: Whether a bias is fitted.
         prior: Class prior.
         shrink_means: Whether class means are shrunk.
+        correct: Whether a discriminant's logits are corrected by the sample.
         empty_classes: ``"error"`` or ``"mask"``.
         embeds: Whether values are class embeddings.
         outputs: What the whole layer makes of this solver's scores [R, c] of keys [R, d] before temperature and
@@ -60,6 +62,7 @@ class Solver:
     has_bias: bool
     prior: Literal["frequency", "uniform"] | list[float] | Tensor
     shrink_means: bool
+    correct: bool
     empty_classes: str
     embeds: bool
     outputs: Callable[[Tensor, Tensor], Tensor]
@@ -72,13 +75,15 @@ class Solver:
         self._refuse_empty_classes(self.task)
         self.readout_name = self._readout_for(self.task)
         self.spectrum = self._decompose(rows)
+        self._coordinates: Tensor | None = None
         sampled = len(self.reservoir) > 0 and self.reservoir.seen == stats.rows
-        evaluate = (lambda choice: self._loss(self._held_out(self._read_out(choice)))) if sampled else None
+        evaluate = (lambda choice: self._loss(self._held_out(choice))) if self._can_evaluate(sampled) else None
         choice = self.regularization.choose(self.spectrum, evaluate)
-        readout = self._read_out(choice)
+        readout = self._read_out(choice, self._prior_tensor(self.task))
         linear = self._adjusted(readout.linear())
-        loo = self._held_out(readout) if sampled and self.task in ("classes", "multilabel") else None
-        temperature, fitted, accuracy, loss = self._calibrate(loo)
+        loo = self._held_out(choice) if sampled and self.task in ("classes", "multilabel") else None
+        temperature = self._temperature(loo)
+        accuracy, loss = self._promise(loo, temperature or self._center(loo), linear.log_prior)
         spectrum, filtered = self.spectrum, choice.filter(self.spectrum)
         return Solution(
             task=self.task,
@@ -86,8 +91,9 @@ class Solver:
             weight=linear.weight,
             bias=linear.bias,
             log_prior=linear.log_prior,
-            temperature=temperature,
-            temperature_fitted=fitted,
+            temperature=temperature or self._center(loo),
+            temperature_fitted=temperature is not None,
+            correction=self._correction(loo, temperature),
             regularization=choice,
             effective_rank=float((spectrum.eigenvalues * filtered).sum()),
             rank=spectrum.rank,
@@ -175,10 +181,14 @@ class Solver:
 
     # ------------------------------------------------------------------ what is answered
 
-    def _read_out(self, choice: Choice) -> Readout:
+    def _can_evaluate(self, sampled: bool) -> bool:
+        if self.regularization.metric == "nats":
+            return sampled and self.reservoir.complete and self.readout_name == "discriminant"
+        return sampled
+
+    def _read_out(self, choice: Choice, prior: Tensor | None) -> Readout:
         if self.readout_name == "regression":
             return Regression(self.spectrum, choice)
-        prior = self._prior_tensor(self.task)
         if self.task == "multilabel":
             return PairedDiscriminants(self.spectrum, choice, self.statistics.value_sum, prior)
         return Discriminant(self.spectrum, choice, self.statistics.class_counts, prior, self.shrink_means)
@@ -203,48 +213,89 @@ class Solver:
         masked = torch.where(always, -MASKED_LOGIT, MASKED_LOGIT).to(log_prior)
         return torch.where(shown, log_prior, masked), shown
 
-    def _held_out(self, readout: Readout) -> LeaveOneOutScores:
-        """Leave-one-out scores as the whole layer would give them: through class embeddings and zero-shot blend."""
+    def _held_out(self, choice: Choice) -> LeaveOneOutScores:
+        """Leave-one-out scores as the whole layer would give them: through class embeddings and zero-shot blend.
+
+        At the training frequencies, whatever prior is asked for: that is how often the sampled rows' classes come.
+        """
         r = self.reservoir
-        loo = readout.leave_one_out(r.keys, r.values, r.weights)
+        if self._coordinates is None:  # the same for every choice
+            self._coordinates = self.spectrum.coordinates(r.keys)
+        loo = self._read_out(choice, None).leave_one_out(self._coordinates, r.values, r.weights)
         values = loo.values.argmax(-1) if self.task == "classes" and loo.values.ndim == 2 else loo.values
-        scores, log_prior = loo.scores, loo.log_prior
+        scores, log_prior, weights = loo.scores, loo.log_prior, loo.weights
+        if self.task == "classes":  # the last row of its class says nothing of how well that class is known
+            own = self.statistics.class_counts.to(scores)[values]
+            weights = weights * (own > r.weights.to(scores) * (1 + 1e-9))[:, None]
         if self.readout_name == "regression" and self.task in ("classes", "multilabel"):
             if self.task == "multilabel":
                 scores = scores - _DECISION
             log_prior, shown = self._mask(log_prior)
             scores = below_average(scores, shown) if self.task == "classes" else scores
-        return LeaveOneOutScores(self.outputs(scores, r.keys.to(scores)), log_prior, values, loo.weights)
+        return LeaveOneOutScores(self.outputs(scores, r.keys.to(scores)), log_prior, values, weights)
 
-    def _calibrate(self, loo: LeaveOneOutScores | None) -> tuple[float, bool, float | None, float | None]:
-        """Temperature, whether it was fitted, leave-one-out accuracy and loss."""
-        default, multilabel = self._default_temperature(), self.task == "multilabel"
-        if loo is None or not bool((loo.weights > 0).any()):
-            return default, False, None, None
-        fitted = calibration.fit_temperature(loo, multilabel=multilabel)
-        temperature = default if fitted is None else fitted
-        accuracy = calibration.accuracy(loo, temperature, multilabel=multilabel)
-        return temperature, fitted is not None, accuracy, calibration.log_loss(loo, temperature, multilabel=multilabel)
-
-    def _default_temperature(self) -> float:
-        """What divides the scores where no sample says better: 1 for outputs that are no class scores."""
+    def _center(self, loo: LeaveOneOutScores | None) -> float:
+        """The temperature where no row says better: 1 for outputs that are no class scores."""
         if self.task not in ("classes", "multilabel") or self.embeds:
             return 1.0
+        if loo is not None and self.readout_name == "discriminant" and not _any(loo):
+            return calibration.ONE_SHOT_TEMPERATURE
         return calibration.DEFAULT_TEMPERATURE[self.readout_name]
 
+    def _temperature(self, loo: LeaveOneOutScores | None) -> float | None:
+        if loo is None or not _any(loo):
+            return None
+        return calibration.fit_temperature(loo, self._center(loo), multilabel=self.task == "multilabel")
+
+    def _promise(
+        self, loo: LeaveOneOutScores | None, temperature: float, log_prior: Tensor
+    ) -> tuple[float | None, float | None]:
+        """Leave-one-out accuracy and loss, at the prior that was asked for and without the correction."""
+        if loo is None or not _any(loo):
+            return None, None
+        if self.readout_name == "discriminant":
+            loo = replace(loo, log_prior=log_prior.expand_as(loo.scores))
+        multilabel = self.task == "multilabel"
+        return (
+            calibration.accuracy(loo, temperature, multilabel=multilabel),
+            calibration.log_loss(loo, temperature, multilabel=multilabel),
+        )
+
+    def _correction(self, loo: LeaveOneOutScores | None, temperature: float | None) -> LinearMap | None:
+        if not self.correct or self.task != "classes" or self.readout_name != "discriminant":
+            return None
+        if loo is None or self._coordinates is None or temperature is None:  # nothing was left out
+            return None
+        rows, classes = int((loo.weights > 0).sum()), int((self.statistics.class_counts > 0).sum())
+        if not correction.can_correct(rows, classes, complete=self.reservoir.complete):
+            return None
+        return correction.fit_correction(self.spectrum, self._coordinates, loo, temperature)
+
     def _loss(self, loo: LeaveOneOutScores) -> float:
-        assert isinstance(self.regularization, LeaveOneOut)
-        metric = self.regularization.metric
+        metric, multilabel = self.regularization.metric, self.task == "multilabel"
         if callable(metric):
             kept = (loo.weights > 0).any(1)
             return float(metric((loo.scores + loo.log_prior)[kept], loo.values[kept]))
         if metric == "squared_error" or self.task not in ("classes", "multilabel"):
             dense = loo.values if loo.values.ndim == 2 else F.one_hot(loo.values, loo.scores.shape[1])
-            decision = _DECISION if self.task == "multilabel" and self.readout_name == "regression" else 0.0
+            decision = _DECISION if multilabel and self.readout_name == "regression" else 0.0
             return float(calibration.weighted_mean((loo.scores + decision - dense).square(), loo.weights))
-        _, _, accuracy, loss = self._calibrate(loo)
-        found = loss if metric == "log_loss" else None if accuracy is None else 1 - accuracy
-        return float("nan") if found is None else found
+        if not _any(loo):
+            return math.nan
+        center = self._center(loo)
+        temperature = self._temperature(loo) or center
+        if metric == "error":
+            return 1 - calibration.accuracy(loo, temperature, multilabel=multilabel)
+        loss = calibration.log_loss(loo, temperature, multilabel=multilabel)
+        if metric == "log_loss":
+            return loss
+        nats = loss * float(loo.weights.expand_as(loo.scores if multilabel else loo.weights).sum())
+        return nats + calibration.temperature_penalty(temperature, center)
+
+
+def _any(loo: LeaveOneOutScores) -> bool:
+    """Whether any row has a score."""
+    return bool((loo.weights > 0).any())
 
 
 def _r_squared(spectrum: Spectrum, filtered: Tensor) -> float:

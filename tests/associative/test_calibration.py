@@ -1,6 +1,7 @@
 """One temperature by likelihood, and the accuracy that leave-one-out promises."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -37,26 +38,39 @@ def mean_loss(loo, temperature, multilabel):
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0, 1e9])
-def test_the_temperature_is_the_most_likely_one(multilabel, scale):
-    loo = scored(multilabel=multilabel, scale=scale)
-    found = calibration.fit_temperature(loo, multilabel=multilabel)
-    bracket = (torch.tensor(scale).log10().item() - 3, torch.tensor(scale).log10().item() + 3)
-    oracle = minimize_scalar(
-        lambda t: mean_loss(loo, 10**t, multilabel), bounds=bracket, method="bounded", options={"xatol": 1e-9}
-    )
-    assert found == pytest.approx(10**oracle.x, rel=1e-4)
-    assert calibration.log_loss(loo, found, multilabel=multilabel) == pytest.approx(oracle.fun, rel=1e-9)
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize(("scale", "center"), [(0.05, 3.0), (1.0, 0.2), (50.0, 3.0), (1e6, 1.0)])
+def test_the_temperature_is_the_most_probable_one(multilabel, rows, scale, center):
+    loo = scored(rows + 3, multilabel=multilabel, scale=scale)
+    found = calibration.fit_temperature(loo, center, multilabel=multilabel)
+
+    def nats(log10):
+        terms = loo.weights.expand(-1, 3 if multilabel else 1).sum()
+        prior = calibration.temperature_penalty(10**log10, center)
+        return mean_loss(loo, 10**log10, multilabel) * float(terms) + prior
+
+    oracle = minimize_scalar(nats, bounds=(-4, 9), method="bounded", options={"xatol": 1e-10})
+    assert found == pytest.approx(10**oracle.x, rel=1e-3)
+    assert nats(math.log10(found)) <= oracle.fun + 1e-9
+    mean = mean_loss(loo, found, multilabel)
+    assert calibration.log_loss(loo, found, multilabel=multilabel) == pytest.approx(mean, rel=1e-9)
+
+
+def test_the_temperatures_prior_is_a_factor_of_e_wide():
+    assert calibration.temperature_penalty(3.0, 3.0) == 0
+    step = 1e-3
+    around = [calibration.temperature_penalty(3.0 * math.exp(sign * step), 3.0) for sign in (-1, 1)]
+    assert sum(around) / step**2 == pytest.approx(1, rel=1e-3)
 
 
 def test_scores_that_separate_every_row_leave_a_finite_temperature():
     labels = torch.arange(100) % 2
     loo = LeaveOneOutScores(10 * F.one_hot(labels).double(), torch.zeros(100, 2), labels, torch.ones(100, 1))
-    found = calibration.fit_temperature(loo, multilabel=False)
-    assert 0.01 < found < 1
+    found = calibration.fit_temperature(loo, 3.0, multilabel=False)
+    assert 0.1 < found < 3
     assert calibration.accuracy(loo, found, multilabel=False) == 1.0
     flat = LeaveOneOutScores(torch.zeros(100, 2), torch.zeros(100, 2), labels, torch.ones(100, 1))
-    assert calibration.fit_temperature(flat, multilabel=False) is None
+    assert calibration.fit_temperature(flat, 3.0, multilabel=False) is None
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -68,26 +82,27 @@ def test_accuracy_is_the_weighted_share_of_right_answers(multilabel):
     assert calibration.accuracy(loo, 2.0, multilabel=multilabel) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("rows", "fitted"), [(49, False), (50, True)])
-@pytest.mark.parametrize("readout", ["discriminant", "regression"])
-def test_few_rows_keep_the_documented_temperature(rows, fitted, readout):
-    keys, labels = blobs(rows, 4, 3, spread=0.5)
-    solution = FastWeights(readout=readout).fit(keys, labels).solution
-    assert solution.temperature_fitted is fitted
-    assert (solution.temperature == {"discriminant": 3.0, "regression": 0.2}[readout]) is not fitted
-    assert solution.leave_one_out_accuracy is not None
+@pytest.mark.parametrize(("readout", "expected"), [("discriminant", 10.0), ("regression", 0.2)])
+def test_one_row_a_class_keeps_the_documented_temperature(readout, expected):
+    keys, labels = blobs(6, 3, 2, spread=0.5)
+    solution = FastWeights(readout=readout).fit(keys[:2], labels[:2]).solution
+    assert (solution.temperature, solution.temperature_fitted) == (expected, False)
+    assert solution.leave_one_out_accuracy is None
+    more = FastWeights(readout=readout).fit(keys, labels).solution
+    assert more.temperature_fitted
+    assert more.temperature != expected
 
 
 def test_the_documented_temperatures_are_the_constants():
     text = " ".join(inspect.getdoc(Solution).split())
-    default = calibration.DEFAULT_TEMPERATURE
-    assert f"{default['discriminant']:g} for a discriminant and {default['regression']:g} for a regression" in text
-    assert f"fewer than {calibration.MIN_ROWS} rows" in text
+    default, one_shot = calibration.DEFAULT_TEMPERATURE, calibration.ONE_SHOT_TEMPERATURE
+    said = f"{default['discriminant']:g} for a discriminant ({one_shot:g} where it saw one row a class)"
+    assert f"{said} and {default['regression']:g} for a regression" in text
 
 
 @pytest.mark.parametrize("readout", ["discriminant", "regression"])
 @pytest.mark.parametrize("data", [blobs, multi_hot])
-def test_another_sample_changes_the_temperature_and_nothing_else(readout, data):
+def test_another_sample_changes_the_temperature_and_the_correction_alone(readout, data):
     keys, values = data(3000, 6, 3)
     one, other = (FastWeights(readout=readout, reservoir_size=200, seed=s).fit(keys, values) for s in (0, 1))
     assert float(one.temperature) != float(other.temperature)
@@ -111,7 +126,7 @@ def test_switched_off_the_state_is_sums_only():
         for name in model.learned_state()
         if name.startswith("reservoir.") and name not in ("reservoir.seen", "reservoir.priorities")
     ]
-    with_sample = FastWeights().fit(keys, labels)
+    with_sample = FastWeights(reservoir_size=299).fit(keys, labels)
     assert torch.equal(with_sample.weight, model.weight)
 
 

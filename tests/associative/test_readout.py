@@ -132,7 +132,9 @@ def without(i, keys, values, weights):
 
 
 def leave_one_out(readout, keys, values, weights):
-    return readout.leave_one_out(keys, values, torch.ones(len(keys)) if weights is None else weights)
+    return readout.leave_one_out(
+        readout.spectrum.coordinates(keys), values, torch.ones(len(keys)) if weights is None else weights
+    )
 
 
 @PRIMAL_AND_DUAL

@@ -8,12 +8,15 @@ from sklearn.linear_model import Ridge as SklearnRidge
 
 from lightning_faast.associative import (
     GCV,
+    Automatic,
+    Choice,
     FastWeights,
     LeaveOneOut,
     PaperRule,
     Ridge,
     Spectrum,
     Truncation,
+    calibration,
 )
 from lightning_faast.associative.regularization import gcv_scores, residual_sum_of_squares, ridge_grid
 from tests.associative.oracles import (
@@ -209,6 +212,55 @@ def test_ridge_zero_on_singular_keys_is_refused():
     for singular in (torch.cat([keys, keys], 1), keys[:3]):
         with pytest.raises(ValueError, match=r"Ridge\(0\) on keys of rank"):
             FastWeights(regularization=Ridge(0.0)).fit(singular, values[: len(singular)])
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_automatic_takes_the_most_probable_ridge_where_every_row_is_held(multilabel):
+    keys, labels = blobs(60, 20, 3, spread=0.4)
+    values = one_hot(labels)[:, :2] if multilabel else labels
+    found = FastWeights().double().fit(keys, values).solution.regularization
+    mean = float(spectrum_of(keys, one_hot(labels)).eigenvalues.mean())
+    decades = torch.linspace(-2, 2, 17, dtype=torch.float64)  # every quarter, by brute force
+
+    def nats(decade):
+        ridge = Ridge(mean * 10**decade)
+        solution = FastWeights(regularization=ridge, correct=False).double().fit(keys, values).solution
+        terms = values.numel()
+        prior = calibration.temperature_penalty(solution.temperature, 3.0) + decade**2 / 2
+        return solution.leave_one_out_loss * terms + prior
+
+    expected = min(decades.tolist(), key=nats)
+    assert found.value == pytest.approx(mean * 10**expected, rel=1e-6)
+    assert float(found.scores.min()) == pytest.approx(nats(expected), rel=1e-9)
+    assert not found.at_edge
+
+
+@pytest.mark.parametrize(
+    "options", [{"reservoir_size": 0}, {"reservoir_size": 59}, {"readout": "regression"}], ids=lambda o: str(o)
+)
+def test_automatic_is_gcv_elsewhere(options):
+    keys, labels = blobs(60, 8, 3)
+    automatic, gcv = (FastWeights(regularization=r, **options).double().fit(keys, labels) for r in (None, GCV()))
+    assert automatic.solution.regularization == gcv.solution.regularization
+    assert torch.equal(automatic.weight, gcv.weight)
+
+
+def test_automatic_is_gcv_for_values_and_for_one_row_a_class():
+    keys, values = regression_data(40, 6)
+    cases = ((keys, values), (keys[:3], torch.arange(3)))
+    for given_keys, given in cases:
+        automatic, gcv = (FastWeights(regularization=r).fit(given_keys, given).solution for r in (None, GCV()))
+        assert automatic.regularization == gcv.regularization
+
+
+def test_automatic_goes_on_beyond_its_first_candidates():
+    spectrum = spectrum_of(*regression_data(30, 4))
+    mean = float(spectrum.eigenvalues.mean())
+
+    def steep(choice: Choice) -> float:
+        return 100 * abs(math.log10(choice.value / mean) - 2.25)
+
+    assert Automatic().choose(spectrum, steep).value == pytest.approx(mean * 10**2.25)
 
 
 @pytest.mark.parametrize("metric", ["log_loss", "error", "squared_error"])
