@@ -14,8 +14,6 @@ from lightning_faast.associative.spectrum import as_dense
 #: What divides the scores where no row says better, and the centre of the prior where some do, by read-out: near what
 #: samples of image and sentence keys led to (CIFAR-10 with EfficientNet-Lite0 and ViT-S/14, CLINC150, SST-2).
 DEFAULT_TEMPERATURE = {"discriminant": 3.0, "regression": 0.2}
-#: The same for a discriminant of one row a class, which knows of no spread within a class at all.
-ONE_SHOT_TEMPERATURE = 10.0
 #: The search goes from the centre over so many powers of e to both sides.
 _RANGE = 40.0
 _STEPS = 100

@@ -29,12 +29,14 @@ def fit_correction(spectrum: Spectrum, coordinates: Tensor, loo: LeaveOneOutScor
 
     .. math::
         \min_{B, b} \sum_i -\log \mathrm{softmax}(s_i/T + \log\pi + B z_i + b)_{y_i}
-        + \tfrac{\kappa}{2} (\|B\|^2 + \|b\|^2)
+        + \tfrac{\kappa}{2} (\|B\|^2 + \|b\|^2),
+        \quad \kappa = 8 \sqrt{N/R}
 
     where the s_i are the leave-one-out scores of the sampled rows, z_i their keys, centred and of unit mean square
-    length, and :math:`\kappa` is 8. A discriminant is the efficient answer where its classes are Gaussian with one
-    covariance; logistic regression is right elsewhere as well, and needs more rows. This is the second, with the first
-    as its prior mean; what it fits is what the first gets wrong of rows that it has not seen.
+    length. A discriminant is the efficient answer where its classes are Gaussian with one covariance; logistic
+    regression is right elsewhere as well, and needs more rows. This is the second, with the first as its prior mean;
+    what it fits is what the first gets wrong of rows that it has not seen. The more rows the sample stands for
+    (N/R each), the better the discriminant is known, and the less is left to correct.
 
     Args:
         spectrum: Centred.
@@ -47,6 +49,7 @@ def fit_correction(spectrum: Spectrum, coordinates: Tensor, loo: LeaveOneOutScor
     """
     total = spectrum.eigenvalues.sum()
     weights = loo.weights
+    precision = PRECISION * max(1.0, spectrum.count / float(weights.sum())) ** 0.5
     classes = loo.scores.shape[1]
     if not bool(total > 0):
         zero = torch.zeros_like(spectrum.value_mean)
@@ -56,7 +59,7 @@ def fit_correction(spectrum: Spectrum, coordinates: Tensor, loo: LeaveOneOutScor
     offset = loo.scores / temperature + loo.log_prior
     targets = as_dense(loo.values, classes)
     # In the eigenvectors' basis the curvature is all but diagonal, with the eigenvalues on it: unit curvature for all.
-    curvature = F.pad(spectrum.eigenvalues / total, (0, 1), value=1.0) * weights.sum() / 4 + PRECISION
+    curvature = F.pad(spectrum.eigenvalues / total, (0, 1), value=1.0) * weights.sum() / 4 + precision
     step = curvature.rsqrt()[:, None]
     scaled = torch.zeros(z.shape[1], classes, dtype=z.dtype, device=z.device)
     optimizer = torch.optim.LBFGS(
@@ -67,9 +70,9 @@ def fit_correction(spectrum: Spectrum, coordinates: Tensor, loo: LeaveOneOutScor
         coefficients = step * scaled
         log_probabilities = (offset + z @ coefficients).log_softmax(1)
         residual = weights * (log_probabilities.exp() - targets)
-        scaled.grad = step * (z.T @ residual + PRECISION * coefficients)
+        scaled.grad = step * (z.T @ residual + precision * coefficients)
         fit = -(weights * targets * log_probabilities).sum()
-        return fit + PRECISION / 2 * coefficients.square().sum()
+        return fit + precision / 2 * coefficients.square().sum()
 
     optimizer.step(loss)
     coefficients = step * scaled

@@ -83,7 +83,7 @@ class Solver:
         linear = self._adjusted(readout.linear())
         loo = self._held_out(choice) if sampled and self.task in ("classes", "multilabel") else None
         temperature = self._temperature(loo)
-        accuracy, loss = self._promise(loo, temperature or self._center(loo), linear.log_prior)
+        accuracy, loss = self._promise(loo, temperature or self._center(), linear.log_prior)
         spectrum, filtered = self.spectrum, choice.filter(self.spectrum)
         return Solution(
             task=self.task,
@@ -91,7 +91,7 @@ class Solver:
             weight=linear.weight,
             bias=linear.bias,
             log_prior=linear.log_prior,
-            temperature=temperature or self._center(loo),
+            temperature=temperature or self._center(),
             temperature_fitted=temperature is not None,
             correction=self._correction(loo, temperature),
             regularization=choice,
@@ -234,18 +234,16 @@ class Solver:
             scores = below_average(scores, shown) if self.task == "classes" else scores
         return LeaveOneOutScores(self.outputs(scores, r.keys.to(scores)), log_prior, values, weights)
 
-    def _center(self, loo: LeaveOneOutScores | None) -> float:
+    def _center(self) -> float:
         """The temperature where no row says better: 1 for outputs that are no class scores."""
         if self.task not in ("classes", "multilabel") or self.embeds:
             return 1.0
-        if loo is not None and self.readout_name == "discriminant" and not _any(loo):
-            return calibration.ONE_SHOT_TEMPERATURE
         return calibration.DEFAULT_TEMPERATURE[self.readout_name]
 
     def _temperature(self, loo: LeaveOneOutScores | None) -> float | None:
         if loo is None or not _any(loo):
             return None
-        return calibration.fit_temperature(loo, self._center(loo), multilabel=self.task == "multilabel")
+        return calibration.fit_temperature(loo, self._center(), multilabel=self.task == "multilabel")
 
     def _promise(
         self, loo: LeaveOneOutScores | None, temperature: float, log_prior: Tensor
@@ -282,7 +280,7 @@ class Solver:
             return float(calibration.weighted_mean((loo.scores + decision - dense).square(), loo.weights))
         if not _any(loo):
             return math.nan
-        center = self._center(loo)
+        center = self._center()
         temperature = self._temperature(loo) or center
         if metric == "error":
             return 1 - calibration.accuracy(loo, temperature, multilabel=multilabel)

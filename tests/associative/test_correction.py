@@ -6,8 +6,9 @@ import torch
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
-from lightning_faast.associative import FastWeights, correction
-from tests.associative.oracles import blobs, relative
+from lightning_faast.associative import FastWeights, Spectrum, correction
+from lightning_faast.associative.readout import LeaveOneOutScores
+from tests.associative.oracles import PlainDiscriminant, blobs, relative, statistics_of
 
 
 def skewed(n, seed=0):
@@ -56,8 +57,6 @@ def test_it_is_the_most_probable_one_at_the_training_frequencies(prior, weighted
 
 def _leave_one_out(model, keys, labels, weights):
     """Scores of each row from a fit without it at the same ridge and shrinkage, by brute force."""
-    from tests.associative.oracles import PlainDiscriminant
-
     mu, k = model.solution.regularization.value, model.solution.shrinkage
     scores = []
     for i in range(len(keys)):
@@ -92,6 +91,22 @@ def test_keys_of_another_scale_and_origin_get_the_same_logits():
 )
 def test_a_partial_sample_must_hold_twenty_rows_a_class(rows, classes, complete, expected):
     assert correction.can_correct(rows, classes, complete=complete) is expected
+
+
+def test_a_sample_that_stands_for_more_rows_corrects_less():
+    keys, labels = skewed(120)
+    once = FastWeights().double().fit(keys, labels)
+    for times, precision in ((1, correction.PRECISION), (4, 2 * correction.PRECISION)):
+        spectrum = Spectrum.from_statistics(statistics_of(keys.repeat(times, 1), labels.repeat(times)), centered=True)
+        weights = torch.ones(120, 1, dtype=torch.float64)
+        scores = LeaveOneOutScores(torch.zeros(120, 3).double(), once.log_prior.expand(120, 3), labels, weights)
+        found = correction.fit_correction(spectrum, spectrum.coordinates(keys), scores, 1.0)
+        logits = keys @ found.weight.T + found.bias + once.log_prior
+        residual = logits.softmax(1) - F.one_hot(labels)
+        # Where the gradient is zero: precision B = sum of residuals times unit-scale keys.
+        scale = (spectrum.count / spectrum.eigenvalues.sum()).sqrt()
+        gradient = (residual.T @ (keys - keys.mean(0))) * scale + precision * found.weight / scale
+        assert float(gradient.abs().max()) < 1e-3
 
 
 def test_where_there_is_none_it_is_zero():

@@ -15,7 +15,7 @@ from lightning_faast.associative import (
     Ridge,
     Truncation,
 )
-from lightning_faast.associative.readout import MASKED_LOGIT
+from lightning_faast.associative.readout import MASKED_LOGIT, ONE_SHOT_SHRINKAGE
 from tests.associative.oracles import (
     PlainDiscriminant,
     blobs,
@@ -61,6 +61,13 @@ def test_discriminant_is_the_formula(shape, weighted, shrink):
     fresh = torch.randn(20, shape[1], dtype=torch.float64)
     assert relative(centred_scores(applied(found.linear(), fresh)), oracle.scores(fresh)) < 1e-10
     assert relative(found.linear().log_prior, torch.from_numpy(oracle.log_prior)) < 1e-12
+
+
+def test_one_row_a_class_takes_the_documented_shrinkage():
+    keys, labels = blobs(10, 6, 5)
+    assert discriminant(keys[:5], labels[:5]).shrinkage == ONE_SHOT_SHRINKAGE == 2
+    assert discriminant(keys[:5], labels[:5], shrink=False).shrinkage == 0
+    assert discriminant(keys[:2], labels[:2]).shrinkage == 0
 
 
 def test_shrinkage_follows_noise_and_signal():
