@@ -30,6 +30,8 @@ _EXPECTED_IN_ONE_PASS = (
     r"The number of training batches .* is smaller than the logging interval",
     r"Total length of `list` across ranks is zero",  # no validation split
 )
+# ... and of this where nothing learns (max_epochs=0), as in zero-shot.
+_EXPECTED_WITHOUT_LEARNING = r"`LightningModule.configure_optimizers` returned `None`"
 # ... and of these when a checkpoint is only evaluated, in a run of its own and without the method that wrote it.
 _EXPECTED_OF_A_CHECKPOINT = (r"Be aware that when using `ckpt_path`", r"The dirpath has changed from")
 # Lightning 2.6 calls what torch 2.14 deprecates, once in every stage.
@@ -144,8 +146,11 @@ class FaastCLI(LightningCLI):
 
     def fit(self, model: FaastModule, **kwargs: Any) -> None:
         """Run ``Trainer.fit``, without Lightning's warnings of what a fit in one pass does on purpose."""
+        options = self.config_init[self.subcommand]
         with warnings.catch_warnings():
-            if self.config_init[self.subcommand].method is not None:
+            if options.trainer.max_epochs == 0:
+                warnings.filterwarnings("ignore", _EXPECTED_WITHOUT_LEARNING)
+            if options.method is not None:
                 for message in _EXPECTED_IN_ONE_PASS:
                     warnings.filterwarnings("ignore", message)
             self.trainer.fit(model, **kwargs)
