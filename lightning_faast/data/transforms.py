@@ -126,9 +126,11 @@ class DeviceTransform:
         ValueError: For a configuration which it does not cover; see :meth:`unsupported`.
 
     Example:
-        >>> transform = DeviceTransform(encoder.data_config)  # doctest: +SKIP
-        >>> transform(torch.zeros(64, 3, 32, 32, dtype=torch.uint8)).shape  # doctest: +SKIP
-        torch.Size([64, 3, 224, 224])
+        >>> from lightning_faast.encoders import VisionEncoder
+        >>> config = VisionEncoder("test_vit", pretrained=False).data_config
+        >>> transform = DeviceTransform(complete_data_config(config, None, None))
+        >>> transform(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([8, 3, 160, 160])
     """
 
     def __init__(self, data_config: Mapping[str, Any]) -> None:

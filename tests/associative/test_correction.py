@@ -125,3 +125,36 @@ def test_masked_classes_get_none():
     assert model.correction_weight[:3].any()
     assert not model.correction_weight[3:].any()
     assert model.predict_proba(keys)[:, 3:].max() == 0
+
+
+def far_off(n, seed):
+    """Half of the second class lies far away in a direction that does not matter, and bends the discriminant."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    keys = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    keys[:, 0] += 2 * labels
+    keys[:, 1] += 30 * labels * (torch.arange(n) % 4 == 1)
+    return keys, labels
+
+
+def test_many_rows_choose_their_precision():
+    """Where the discriminant is far off, a held-out fifth asks for less of a prior, and new rows agree."""
+    (keys, labels), (new_keys, new_labels) = far_off(5000, 0), far_off(5000, 1)
+    model = FastWeights(reservoir_size=5000).double().fit(keys, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correction, "ROWS_TO_CHOOSE", 10**9)
+        fixed = FastWeights(reservoir_size=5000).double().fit(keys, labels)
+    assert not torch.equal(model.correction_weight, fixed.correction_weight)
+    losses = [F.cross_entropy(each(new_keys), new_labels) for each in (model, fixed)]
+    assert losses[0] < losses[1]
+
+
+def test_precision_stays_where_the_discriminant_is_right():
+    generator = torch.Generator().manual_seed(0)
+    z = F.pad(torch.randn(4000, 3, generator=generator, dtype=torch.float64) / 3**0.5, (0, 1), value=1.0)
+    offset = torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(offset.softmax(1), 1, generator=generator)[:, 0]
+    sample = correction._Sample(
+        z, offset, F.one_hot(labels, 2).double(), torch.ones(4000, 1, dtype=torch.float64), z.square().mean(0)
+    )
+    assert correction._choose(sample, 50.0) == 50.0

@@ -149,8 +149,8 @@ def test_one_encoding_serves_all_and_is_counted_for_each(tmp_path, options):
 def test_what_cannot_be_done_is_a_row_that_says_so(tmp_path, options):
     zero_shot = tmp_path / "no_text_tower.yaml"
     zero_shot.write_text(
-        "model:\n  class_embeddings: true\n  head: {class_path: lightning_faast.FastWeights, init_args: {zero_shot: identity}}\n"
-        "method: null\ntrainer: {max_epochs: 0}\n"
+        "model:\n  class_embeddings: true\n  head:\n    class_path: lightning_faast.FastWeights\n"
+        "    init_args: {zero_shot: identity}\nmethod: null\ntrainer: {max_epochs: 0}\n"
     )
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("model: {head: {class_path: lightning_faast.FastWeights, init_args: {no_such_option: 1}}}\n")
