@@ -160,9 +160,22 @@ class KeyStore:
 
 
 def digest_of(description: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits of what JSON can hold, whatever the order of its names."""
-    text = json.dumps(description, sort_keys=True, default=str)
+    """32 hexadecimal digits of what JSON can hold, and of classes and functions by name, whatever the order of names."""
+    text = json.dumps(description, sort_keys=True, default=_name)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _name(value: Any) -> str:
+    """A name that is the same in every process, which an object's address is not.
+
+    Raises:
+        TypeError: For what has none.
+    """
+    if isinstance(value, Path):
+        return str(value)
+    if not hasattr(value, "__qualname__"):
+        raise TypeError(f"{value!r} has no name that lasts: give it as text, a number, or the path of a class.")
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def fingerprint(encoder: nn.Module) -> str:
@@ -227,7 +240,7 @@ class _Writer:
         self.file = open(path, "r+b")  # noqa: SIM115 - closed with the last row
         tensors = {"labels": ("I64", [rows], 8 * rows), "costs": ("F64", [2], 16), "digest": ("U8", [32], 32)}
         tensors["keys"] = ("F32", [rows, width], 4 * rows * width)
-        metadata = {"format": _FORMAT, "description": json.dumps(description, default=str)}
+        metadata = {"format": _FORMAT, "description": json.dumps(description, default=_name)}
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, (dtype, shape, size) in tensors.items():

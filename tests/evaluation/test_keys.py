@@ -70,6 +70,15 @@ def test_another_description_is_never_found(tmp_path):
     assert digest_of({"a": 1}) != digest_of({"a": "1"})
 
 
+def test_functions_count_by_name_not_by_address():
+    digest = digest_of({"head": textwrap.dedent})
+    code = "import textwrap; from lightning_faast.evaluation.keys import digest_of as d; print(d({'head': textwrap.dedent}))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == digest
+    with pytest.raises(TypeError, match="no name that lasts"):
+        digest_of({"head": object()})
+
+
 @pytest.mark.parametrize("place", ["keys", "labels"])
 def test_changed_content_is_refused(tmp_path, place):
     store = KeyStore(tmp_path)
