@@ -160,7 +160,7 @@ class KeyStore:
 
 
 def digest_of(description: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits of what JSON can hold, and of classes and functions by name, whatever the order of names."""
+    """32 hexadecimal digits of what JSON can hold, and of functions by name, whatever the order of names."""
     text = json.dumps(description, sort_keys=True, default=_name)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
