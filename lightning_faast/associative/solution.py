@@ -26,7 +26,8 @@ class Solution:
         log_prior: [c].
         temperature: Scores are divided by it to become logits.
         temperature_fitted: False where no row could be left out, or none is kept; the temperature is then 3 for a
-            discriminant and 0.2 for a regression on classes, and 1 elsewhere.
+            discriminant (the root of the number of classes where it saw one row of each) and 0.2 for a regression on
+            classes, and 1 elsewhere.
         correction: What the sample adds to the logits of a discriminant, :func:`fit_correction`; else None.
         regularization: The chosen value, whether at its grid's edge, and the path (``grid`` and ``scores``).
         effective_rank: Sum of lambda f(lambda): the rank kept by a truncation, the degrees of freedom of a ridge.

@@ -83,7 +83,7 @@ class Solver:
         linear = self._adjusted(readout.linear())
         loo = self._held_out(choice) if sampled and self.task in ("classes", "multilabel") else None
         temperature = self._temperature(loo)
-        accuracy, loss = self._promise(loo, temperature or self._center(), linear.log_prior)
+        accuracy, loss = self._promise(loo, temperature or self._center(loo), linear.log_prior)
         spectrum, filtered = self.spectrum, choice.filter(self.spectrum)
         return Solution(
             task=self.task,
@@ -91,7 +91,7 @@ class Solver:
             weight=linear.weight,
             bias=linear.bias,
             log_prior=linear.log_prior,
-            temperature=temperature or self._center(),
+            temperature=temperature or self._center(loo),
             temperature_fitted=temperature is not None,
             correction=self._correction(loo, temperature),
             regularization=choice,
@@ -183,7 +183,8 @@ class Solver:
 
     def _can_evaluate(self, sampled: bool) -> bool:
         if self.regularization.metric == "nats":
-            return sampled and self.reservoir.complete and self.readout_name == "discriminant"
+            most = 2 * len(self.reservoir) >= self.statistics.rows
+            return sampled and most and self.readout_name == "discriminant"
         return sampled
 
     def _read_out(self, choice: Choice, prior: Tensor | None) -> Readout:
@@ -234,16 +235,18 @@ class Solver:
             scores = below_average(scores, shown) if self.task == "classes" else scores
         return LeaveOneOutScores(self.outputs(scores, r.keys.to(scores)), log_prior, values, weights)
 
-    def _center(self) -> float:
+    def _center(self, loo: LeaveOneOutScores | None) -> float:
         """The temperature where no row says better: 1 for outputs that are no class scores."""
         if self.task not in ("classes", "multilabel") or self.embeds:
             return 1.0
+        if self.readout_name == "discriminant" and loo is not None and not _any(loo):
+            return calibration.one_shot_temperature(int((self.statistics.value_sum > 0).sum()))
         return calibration.DEFAULT_TEMPERATURE[self.readout_name]
 
     def _temperature(self, loo: LeaveOneOutScores | None) -> float | None:
         if loo is None or not _any(loo):
             return None
-        return calibration.fit_temperature(loo, self._center(), multilabel=self.task == "multilabel")
+        return calibration.fit_temperature(loo, self._center(loo), multilabel=self.task == "multilabel")
 
     def _promise(
         self, loo: LeaveOneOutScores | None, temperature: float, log_prior: Tensor
@@ -280,7 +283,7 @@ class Solver:
             return float(calibration.weighted_mean((loo.scores + decision - dense).square(), loo.weights))
         if not _any(loo):
             return math.nan
-        center = self._center()
+        center = self._center(loo)
         temperature = self._temperature(loo) or center
         if metric == "error":
             return 1 - calibration.accuracy(loo, temperature, multilabel=multilabel)

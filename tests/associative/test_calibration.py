@@ -82,7 +82,7 @@ def test_accuracy_is_the_weighted_share_of_right_answers(multilabel):
     assert calibration.accuracy(loo, 2.0, multilabel=multilabel) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("readout", "expected"), [("discriminant", 3.0), ("regression", 0.2)])
+@pytest.mark.parametrize(("readout", "expected"), [("discriminant", 2**0.5), ("regression", 0.2)])
 def test_one_row_a_class_keeps_the_documented_temperature(readout, expected):
     keys, labels = blobs(6, 3, 2, spread=0.5)
     solution = FastWeights(readout=readout).fit(keys[:2], labels[:2]).solution
@@ -96,7 +96,11 @@ def test_one_row_a_class_keeps_the_documented_temperature(readout, expected):
 def test_the_documented_temperatures_are_the_constants():
     text = " ".join(inspect.getdoc(Solution).split())
     default = calibration.DEFAULT_TEMPERATURE
-    assert f"{default['discriminant']:g} for a discriminant and {default['regression']:g} for a regression" in text
+    said = (
+        f"{default['discriminant']:g} for a discriminant "
+        "(the root of the number of classes where it saw one row of each)"
+    )
+    assert f"{said} and {default['regression']:g} for a regression" in text
 
 
 @pytest.mark.parametrize("readout", ["discriminant", "regression"])
@@ -111,7 +115,7 @@ def test_another_sample_changes_the_temperature_and_the_correction_alone(readout
 
 
 def test_switched_off_the_state_is_sums_only():
-    keys, labels = blobs(300, 6, 3)
+    keys, labels = blobs(700, 6, 3)
     model = FastWeights(reservoir_size=0).fit(keys, labels)
     solution = model.solution
     assert (solution.leave_one_out_accuracy, solution.leave_one_out_loss, solution.temperature_fitted) == (
@@ -125,7 +129,7 @@ def test_switched_off_the_state_is_sums_only():
         for name in model.learned_state()
         if name.startswith("reservoir.") and name not in ("reservoir.seen", "reservoir.priorities")
     ]
-    with_sample = FastWeights(reservoir_size=299).fit(keys, labels)
+    with_sample = FastWeights(reservoir_size=300).fit(keys, labels)
     assert torch.equal(with_sample.weight, model.weight)
 
 
