@@ -72,7 +72,7 @@ def test_another_description_is_never_found(tmp_path):
 
 def test_functions_count_by_name_not_by_address():
     digest = digest_of({"head": textwrap.dedent})
-    code = "import textwrap\nfrom lightning_faast.evaluation import keys\nprint(keys.digest_of({'head': textwrap.dedent}))"
+    code = "import textwrap; import lightning_faast.evaluation.keys as k; print(k.digest_of({'head': textwrap.dedent}))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == digest
     with pytest.raises(TypeError, match="no name that lasts"):
