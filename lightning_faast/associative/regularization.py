@@ -67,7 +67,7 @@ class Regularization(ABC):
     #: Whether ``choose`` needs leave-one-out scores, and so a reservoir.
     needs_rows: bool = False
     #: What its ``evaluate`` returns: the mean of a named or own metric, or ``"nats"``, all of a discriminant's negative
-    #: log posterior, for which the reservoir must hold at least half of the rows.
+    #: log posterior, for which the reservoir must hold every row.
     metric: str | Callable[[Tensor, Tensor], float] = "log_loss"
 
     @abstractmethod
@@ -205,10 +205,10 @@ class GCV(Regularization):
 
 @dataclass(frozen=True)
 class Automatic(Regularization):
-    r"""The default: by leave-one-out likelihood while the sample holds half of the rows, by :class:`GCV` beyond.
+    r"""The default: by leave-one-out likelihood while the sample holds every row, by :class:`GCV` beyond.
 
     GCV judges the squared error of a regression on one-hot values; a discriminant is used for its likelihood. With few
-    rows the two differ, and exact leave-one-out scores of all or most of them are at hand:
+    rows the two differ, and every row's exact leave-one-out score is at hand:
 
     .. math::
         \min_{\mu, T} \sum_i -\log p_{-i}(y_i \mid x_i; \mu, T)
@@ -216,8 +216,8 @@ class Automatic(Regularization):
 
     The prior (around the mean eigenvalue, one standard deviation a decade) decides where some twenty rows do not; the
     temperature's is that of the calibration. The ridges tried are half a decade apart, then a quarter. GCV, which needs
-    the sums alone, is used for more than twice the rows that the sample holds, without a reservoir, for a regression
-    read-out, and where no row can be left out (one example a class).
+    the sums alone, is used for more rows than the sample holds, without a reservoir, for a regression read-out, and
+    where no row can be left out (one example a class): the solution never depends on which rows were sampled.
     """
 
     metric = "nats"

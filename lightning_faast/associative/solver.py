@@ -183,8 +183,7 @@ class Solver:
 
     def _can_evaluate(self, sampled: bool) -> bool:
         if self.regularization.metric == "nats":
-            most = 2 * len(self.reservoir) >= self.statistics.rows
-            return sampled and most and self.readout_name == "discriminant"
+            return sampled and self.reservoir.complete and self.readout_name == "discriminant"
         return sampled
 
     def _read_out(self, choice: Choice, prior: Tensor | None) -> Readout:

@@ -236,19 +236,13 @@ def test_automatic_takes_the_most_probable_ridge_where_every_row_is_held(multila
 
 
 @pytest.mark.parametrize(
-    "options", [{"reservoir_size": 0}, {"reservoir_size": 29}, {"readout": "regression"}], ids=lambda o: str(o)
+    "options", [{"reservoir_size": 0}, {"reservoir_size": 59}, {"readout": "regression"}], ids=lambda o: str(o)
 )
 def test_automatic_is_gcv_elsewhere(options):
     keys, labels = blobs(60, 8, 3)
     automatic, gcv = (FastWeights(regularization=r, **options).double().fit(keys, labels) for r in (None, GCV()))
     assert automatic.solution.regularization == gcv.solution.regularization
     assert torch.equal(automatic.weight, gcv.weight)
-
-
-def test_automatic_asks_a_sample_of_half_the_rows():
-    keys, labels = blobs(60, 8, 3)
-    automatic, gcv = (FastWeights(regularization=r, reservoir_size=30).fit(keys, labels) for r in (None, GCV()))
-    assert automatic.solution.regularization.value != gcv.solution.regularization.value
 
 
 def test_automatic_is_gcv_for_values_and_for_one_row_a_class():
