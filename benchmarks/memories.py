@@ -52,9 +52,7 @@ def run(settings: Settings) -> Section:
                 measured = interleave(subjects, settings.runs)
             ours = samples([seconds / calls for seconds in measured["fast"]])
             for peer, name in (("faiss", "`faiss.IndexFlatL2`"), ("knn", "`KNN`"), ("softmax", "`SoftmaxMemory`")):
-                target = (
-                    _SPEED if peer == "faiss" and rows == sizes[-1] and not settings.quick else Target()
-                )
+                target = _SPEED if peer == "faiss" and rows == sizes[-1] and not settings.quick else Target()
                 what = f"`FastWeights`, a prediction, batch {batch}, N {rows:,}"
                 section.rows.append(Row.compare(what, ours, name, samples(measured[peer]), target))
     return section
