@@ -134,14 +134,14 @@ def _make_data(config: Namespace, encoder: Any) -> _Data:
     if "data_config" in options and options.data_config is None:
         options.data_config = getattr(encoder, "data_config", None)
     data: Any = _make(LightningDataModule, config)
-    missing = [name for name in _OF_DATA if not hasattr(type(data), name)]
+    data.prepare_data()
+    data.setup("fit")
+    missing = [name for name in _OF_DATA if not hasattr(data, name)]
     if missing:
         raise ValueError(
             f"A comparison encodes rows once and takes subsets of them, and {type(data).__name__} has no "
             f"{', '.join(missing)}. Use lightning_faast.data.ImageDataModule, or add these as it has them."
         )
-    data.prepare_data()
-    data.setup("fit")
     return data
 
 

@@ -255,6 +255,24 @@ def test_command_reports_and_lists_its_keys(tmp_path, options, capsys, monkeypat
     assert "No keys" in capsys.readouterr().out
 
 
+def test_keys_that_are_there_already_are_compared(tmp_path):
+    from safetensors.torch import save_file
+
+    labels = torch.arange(40) % 4
+    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(6)[labels]
+    file = tmp_path / "keys.safetensors"
+    save_file(
+        {"train_keys": keys, "train_labels": labels, "test_keys": keys + 0.1, "test_labels": labels.clone()}, file
+    )
+    options = [f"--data.path={file}", "--model.encoder.num_features=6", "--trainer.accelerator=cpu"]
+    quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    store = KeyStore(tmp_path / "store")
+    compared = Comparer(
+        "recipes/keys.yaml", ["faast", "lda"], [2, None], 1, tmp_path, options, store=store, console=quiet
+    )
+    assert [record.status for record in compared.run()] == ["done"] * 4
+
+
 def test_help_teaches_without_a_recipe(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "--help"])
