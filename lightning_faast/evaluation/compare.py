@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import subprocess
 import sys
 import traceback
@@ -214,7 +213,7 @@ class Comparer:
         task = progress.add_task("methods that train", total=len(runs))
         waiting = list(runs)
         running: dict[Future[None], Run] = {}
-        with _Processes() as processes, ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool, _Processes() as processes:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
                     run = waiting.pop(0)
@@ -283,12 +282,13 @@ class _Processes:
     def __exit__(self, *_: Any) -> None:
         self.stopped = True
         for process in list(self._alive):
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
     def call(self, command: Sequence[str], output: Any) -> int:
         if self.stopped:
             return -1
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        # a session of its own: Ctrl-C reaches it through this process alone, which then knows why it ended
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         self._alive.add(process)
         try:
             return process.wait()

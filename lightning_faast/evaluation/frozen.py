@@ -262,6 +262,11 @@ def _details(head: nn.Module) -> dict[str, Any]:
     if isinstance(head, FastWeights) and head.solution is not None:
         choice = head.solution.regularization
         if choice.grid is not None and choice.scores is not None:
-            path = {"grid": choice.grid.tolist(), "scores": choice.scores.tolist(), "chosen": choice.value}
+            order = choice.grid.argsort()  # a search does not go through its values in order
+            path = {
+                "grid": choice.grid[order].tolist(),
+                "scores": choice.scores[order].tolist(),
+                "chosen": choice.value,
+            }
             details["path"] = {"kind": choice.kind, **path}
     return details
