@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_faast.associative import FastWeights
-from lightning_faast.training.adapters import Adapter
+from lightning_faast.training.adapters import Adapter, is_frozen
 from lightning_faast.training.schedules import WarmupCosine
 
 # Where the number of classes stands in a checkpoint: the head must be built before its weights can be loaded.
@@ -30,7 +30,7 @@ class FaastModule(LightningModule):
     is frozen, and what ``adapter`` makes of the encoder otherwise. With ``Trainer(max_epochs=0)`` nothing is trained.
 
     A part of the encoder none of whose parameters requires a gradient is frozen and always in eval mode: neither its
-    weights nor its BatchNorm statistics move. So an encoder that is frozen as a whole drops nothing out.
+    weights nor its BatchNorm statistics move. An encoder that is frozen as a whole drops nothing out.
 
     Validation and test log ``loss`` (the mean negative log likelihood), ``accuracy``, ``top5_accuracy`` (with more than
     five classes) and ``calibration_error`` (expected calibration error, 15 bins), as ``val/…`` and ``test/…``.
@@ -182,15 +182,14 @@ class FaastModule(LightningModule):
     @property
     def encoder_is_frozen(self) -> bool:
         """Whether no parameter of the encoder requires a gradient."""
-        return _is_frozen(self.encoder)
+        return is_frozen(self.encoder)
 
     def _set_encoder_mode(self) -> None:
         if self.encoder_is_frozen:
             self.encoder.eval()
             return
         for part in self.encoder.modules():
-            # dropout and activations have no state, and follow what is around them
-            if _is_frozen(part) and part.state_dict(keep_vars=True):
+            if self.adapter.stays_in_eval_mode(part):
                 part.eval()
 
     def train(self, mode: bool = True) -> "FaastModule":
@@ -325,7 +324,3 @@ class FaastModule(LightningModule):
                 f"the checkpoint was written for other classes: class {index} was {then!r} and is {now!r} in this "
                 "data. Use the data of the fit that wrote it, with its class names in the same order."
             )
-
-
-def _is_frozen(part: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in part.parameters())

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the base of those of one, two and three dimensions
 
 from lightning_faast.data.extras import require
 
@@ -13,6 +14,11 @@ _ATTENTION_LINEARS = (
     *("query", "key", "value", "q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
     *("q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "c_proj"),
 )
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether no parameter requires a gradient."""
+    return not any(parameter.requires_grad for parameter in part.parameters())
 
 
 class Adapter:
@@ -33,12 +39,16 @@ class Adapter:
         """
         return [{"params": [parameter for parameter in encoder.parameters() if parameter.requires_grad]}]
 
+    def stays_in_eval_mode(self, part: nn.Module) -> bool:
+        """Whether a part of the encoder is in eval mode during training: here, one that has state and trains none."""
+        return is_frozen(part) and bool(part.state_dict(keep_vars=True))
+
 
 class FullFinetuning(Adapter):
     """Train every parameter that inputs pass through, those of early layers at lower learning rates.
 
-    Layer l of L trains at ``layer_decay ** (L - 1 - l)`` times the optimizer's rate, and the head at the rate itself.
-    Weight decay is the optimizer's own; biases, norms and what the model names (position embeddings) get none.
+    Layer l of L trains at ``lr_scale * layer_decay ** (L - 1 - l)`` times the optimizer's rate, the head at that rate
+    itself. Weight decay is the optimizer's own; biases, norms and what the model names (position embeddings) get none.
 
     For a timm model the layers are timm's (``timm.optim.param_groups_layer_decay``). For any other encoder they are the
     entries of its longest ``nn.ModuleList`` or ``nn.Sequential``; what is registered before it belongs to the first
@@ -46,10 +56,13 @@ class FullFinetuning(Adapter):
 
     Args:
         layer_decay: Of the learning rate from one layer to the one before it, in (0, 1]; 1 trains all alike.
+        lr_scale: The last layer's rate, relative to the head's, which starts from nothing.
+        keep_statistics: Whether BatchNorm normalizes by the statistics of its pretraining, as when it predicts. Those
+            of small batches, and of few of them, are worse.
 
     Raises:
-        ValueError: Where ``layer_decay`` is out of its range, or below 1 for an encoder without layers, and for an
-            encoder without parameters.
+        ValueError: Where an option is out of its range, ``layer_decay`` is below 1 for an encoder without layers, and
+            for an encoder without parameters.
 
     Example:
         >>> from lightning_faast.encoders import VisionEncoder
@@ -59,10 +72,12 @@ class FullFinetuning(Adapter):
         [0.25, 0.5, 1.0]
     """
 
-    def __init__(self, layer_decay: float = 0.75) -> None:
+    def __init__(self, layer_decay: float = 0.75, lr_scale: float = 1.0, keep_statistics: bool = True) -> None:
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
         self.layer_decay = layer_decay
+        self.lr_scale = _positive(lr_scale)
+        self.keep_statistics = keep_statistics
 
     def adapt(self, encoder: nn.Module) -> nn.Module:
         """Let every parameter be trained that inputs pass through."""
@@ -79,9 +94,17 @@ class FullFinetuning(Adapter):
 
     def parameter_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
         """Group the parameters by layer, and within it by whether they decay."""
+        groups = self._layers(encoder)
+        return [group | {"lr_scale": self.lr_scale * group["lr_scale"]} for group in groups]
+
+    def stays_in_eval_mode(self, part: nn.Module) -> bool:
+        """As of any adapter, and BatchNorm that keeps its statistics."""
+        return super().stays_in_eval_mode(part) or (self.keep_statistics and isinstance(part, _BatchNorm))
+
+    def _layers(self, encoder: nn.Module) -> list[dict[str, Any]]:
         model: Any = next((part for part in encoder.modules() if hasattr(part, "group_matcher")), None)
         if model is None:
-            return self._generic_groups(encoder)
+            return self._generic_layers(encoder)
         from timm.optim import param_groups_layer_decay  # timm takes a second to import
 
         groups = param_groups_layer_decay(
@@ -95,7 +118,7 @@ class FullFinetuning(Adapter):
         groups = [{name: value for name, value in group.items() if value is not None} for group in groups]
         return [*groups, {"params": around, "lr_scale": 1.0}] if around else groups
 
-    def _generic_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
+    def _generic_layers(self, encoder: nn.Module) -> list[dict[str, Any]]:
         stacks = [
             (name, part)
             for name, part in encoder.named_modules()
@@ -137,6 +160,7 @@ class Lora(Adapter):
         dropout: On the input of A.
         target_modules: Names, or ends of names, of the layers; ``None`` for the linear layers of every attention, as
             timm and transformers name them.
+        lr_scale: The rate of the updates, relative to the head's.
 
     Raises:
         ImportError: Where peft is not installed.
@@ -150,7 +174,12 @@ class Lora(Adapter):
     """
 
     def __init__(
-        self, r: int = 8, alpha: float = 16.0, dropout: float = 0.0, target_modules: list[str] | None = None
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: list[str] | None = None,
+        lr_scale: float = 1.0,
     ) -> None:
         if r < 1:
             raise ValueError(f"r={r} must be at least 1.")
@@ -158,6 +187,7 @@ class Lora(Adapter):
         self.alpha = alpha
         self.dropout = dropout
         self.target_modules = target_modules
+        self.lr_scale = _positive(lr_scale)
 
     def adapt(self, encoder: nn.Module) -> nn.Module:
         """Put the updates beside the layers and freeze everything else."""
@@ -183,6 +213,10 @@ class Lora(Adapter):
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         rank_zero_info(f"LoRA: {trained:,} parameters trained in {_describe(encoder)}.")
         return adapted
+
+    def parameter_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
+        """One group: the updates."""
+        return [group | {"lr_scale": self.lr_scale} for group in super().parameter_groups(encoder)]
 
 
 def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:
@@ -223,6 +257,12 @@ def _unfreeze(encoder: nn.Module) -> None:
     if hasattr(encoder, "frozen"):
         encoder.frozen = False  # type: ignore[assignment]
     encoder.train()
+
+
+def _positive(lr_scale: float) -> float:
+    if not lr_scale > 0:
+        raise ValueError(f"lr_scale={lr_scale} must be positive.")
+    return lr_scale
 
 
 def _describe(encoder: nn.Module) -> str:

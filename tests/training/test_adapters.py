@@ -118,12 +118,31 @@ def test_layer_decay_out_of_range(layer_decay):
         FullFinetuning(layer_decay)
 
 
-def test_everything_moves_batchnorm_too(tmp_path):
-    module = FaastModule(make_encoder("test_resnet"), nn.Linear, 2, optimizer=sgd, adapter=FullFinetuning())
-    assert all(part.training for part in module.encoder.modules())
+@pytest.mark.parametrize("keep_statistics", [True, False])
+def test_every_parameter_moves_and_statistics_where_asked(tmp_path, keep_statistics):
+    adapter = FullFinetuning(keep_statistics=keep_statistics)
+    module = FaastModule(make_encoder("test_resnet"), nn.Linear, 2, optimizer=torch.optim.Adam, adapter=adapter)
     before = state(module)
-    fit(tmp_path, module, enable_checkpointing=False)
-    assert [name for name, value in module.state_dict().items() if torch.equal(value, before[name])] == []
+    trainer = fit(tmp_path, module, epochs=4, enable_checkpointing=False)
+    kept = {name for name, value in module.state_dict().items() if torch.equal(value, before[name])}
+    statistics = {name for name, _ in module.named_buffers() if "running_" in name or "num_batches" in name}
+    assert statistics
+    assert kept == (statistics if keep_statistics else set())
+    trainer.validate(module, images(), verbose=False)
+    in_eval_mode = {type(part) for part in module.train().modules() if not part.training}
+    assert all(issubclass(kind, nn.BatchNorm2d) for kind in in_eval_mode)
+    assert bool(in_eval_mode) is keep_statistics
+
+
+def test_the_encoders_rate_relative_to_the_heads():
+    encoder = FullFinetuning().adapt(make_encoder())
+    whole, tenth = (FullFinetuning(0.5, lr_scale).parameter_groups(encoder) for lr_scale in (1.0, 0.1))
+    assert [group["lr_scale"] for group in tenth] == pytest.approx([0.1 * group["lr_scale"] for group in whole])
+    (group,) = Lora(lr_scale=0.3).parameter_groups(Lora().adapt(make_encoder()))
+    assert group["lr_scale"] == 0.3
+    for adapter in (FullFinetuning, Lora):
+        with pytest.raises(ValueError, match=r"lr_scale=0.0 must be positive"):
+            adapter(lr_scale=0.0)
 
 
 def test_the_base_class_leaves_the_encoder_as_it_is(tmp_path):

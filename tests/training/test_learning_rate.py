@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_faast import FaastModule
 from lightning_faast.encoders import Identity
-from lightning_faast.training import LearningRateSearch, WarmupCosine
+from lightning_faast.training import LearningRateSearch, WarmupCosine, learning_rate
 from lightning_faast.training.learning_rate import hold_out_fifth
 
 QUIET = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
@@ -52,7 +52,8 @@ def fit(search, lr=1e-3, schedule=None, epochs=4, encoder=None, data=None, **opt
 
 
 @pytest.mark.parametrize("schedule", [None, step_lr, WarmupCosine(0.25)], ids=["constant", "epochs", "steps"])
-def test_each_rate_scores_as_if_it_were_trained_alone(schedule):
+def test_each_rate_scores_as_if_it_were_trained_alone(monkeypatch, schedule):
+    monkeypatch.setattr(learning_rate, "_ENOUGH_ROWS", 12)  # the first fifth alone
     search = LearningRateSearch(rates=[1e-3, 0.1, 1.0])
     fit(search, schedule=schedule)
     dataset = rows_of()
@@ -98,7 +99,7 @@ def test_picks_the_best_rate_and_says_so(caplog):
     assert search.rate == 10.0
     assert search.accuracies[10.0] > max(search.accuracies[1e-4], search.accuracies[1e-3])
     assert (
-        f"Learning rate 10, by the accuracy on 60 held-out of 300 rows: 0.0001 {search.accuracies[1e-4]:.3f}"
+        f"Learning rate 10, by the accuracy on 240 held-out of 300 rows: 0.0001 {search.accuracies[1e-4]:.3f}"
         in caplog.text
     )
     assert search.examples_encoded == 300
@@ -171,6 +172,12 @@ def test_a_fifth_of_every_class_is_held_out(counts, held):
     assert torch.equal(mask, hold_out_fifth(labels, seed=1))
     if max(counts) > 20:
         assert not torch.equal(mask, hold_out_fifth(labels, seed=2))
+
+
+def test_the_fifths_are_disjoint_and_cover_all():
+    labels = torch.arange(4).repeat(13)
+    folds = torch.stack([hold_out_fifth(labels, fold=fold) for fold in range(5)])
+    assert (folds.sum(0) == 1).all()
 
 
 def test_few_rows_a_class_are_held_out_in_some_classes_and_never_all_of_one():
