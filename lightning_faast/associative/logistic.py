@@ -25,7 +25,7 @@ _DEFAULT_STRENGTH = 1.0
 #: One row in so many is held out.
 _FOLD = 5
 #: A choice by fewer held-out rows would be noise.
-_FEWEST_HELD_OUT = 10
+_FEWEST_HELD_OUT = 4
 #: Largest gradient of the mean loss, in coordinates in which its curvature is about one; on the path to the choice
 #: relative to the loss, since separable rows have hardly any gradient long before they are fitted.
 _TOLERANCE, _PATH_TOLERANCE = 1e-6, 3e-4
@@ -40,7 +40,7 @@ class LogisticRegression(LinearLearner):
 
     The strength C is the one of least likelihood loss on a held-out fifth of the rows, seeded and stratified by class;
     then all rows are fitted again. Strengths are tried from the smallest C on, until four in a row are no better. A
-    class of one row is never held out. Where fewer than ten rows would be held out (as with fewer than 48 rows in all,
+    class of one row is never held out. Where fewer than four rows would be held out (as with fewer than 18 rows in all,
     or one row a class), C stays 1 and no held-out figures are reported.
 
     Every key is kept, in the dtype in which it came. The problem is solved in the principal axes of the keys, scaled by
