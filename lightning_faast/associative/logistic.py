@@ -26,6 +26,7 @@ _DEFAULT_STRENGTH = 1.0
 _FOLD = 5
 #: A choice by fewer held-out rows would be noise.
 _FEWEST_HELD_OUT = 4
+_CLEARLY_WORSE = 1.02
 #: Largest gradient of the mean loss, in coordinates in which its curvature is about one; on the path to the choice
 #: relative to the loss, since separable rows have hardly any gradient long before they are fitted.
 _TOLERANCE, _PATH_TOLERANCE = 1e-6, 3e-4
@@ -39,8 +40,8 @@ class LogisticRegression(LinearLearner):
     ``sklearn.linear_model.LogisticRegression(C)`` looks for.
 
     The strength C is the one of least likelihood loss on a held-out fifth of the rows, seeded and stratified by class;
-    then all rows are fitted again. Strengths are tried from the smallest C on, until four in a row are no better. A
-    class of one row is never held out. Where fewer than four rows would be held out (as with fewer than 18 rows in all,
+    then all rows are fitted again. Strengths are tried from the smallest C on, until four are clearly worse than the
+    best. A class of one row is never held out. Where fewer than four rows would be held out (as with fewer than 18 rows in all,
     or one row a class), C stays 1 and no held-out figures are reported.
 
     Every key is kept, in the dtype in which it came. The problem is solved in the principal axes of the keys, scaled by
@@ -177,7 +178,7 @@ class LogisticRegression(LinearLearner):
             if loss < best_loss:
                 at_edge = strength in (self.strengths[0], self.strengths[-1])
                 best, best_loss, worse = (_Choice(strength, loss, accuracy, at_edge), optimum), loss, 0
-            else:
+            elif loss > _CLEARLY_WORSE * best_loss:  # under a strong penalty all losses are all but equal, up and down
                 worse += 1
                 if worse == _PATIENCE:
                     break

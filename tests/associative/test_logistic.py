@@ -128,3 +128,15 @@ def test_no_weights_of_rows():
     keys, labels = blobs(60, 5, 3)
     with pytest.raises(ValueError, match="class_weight='balanced'"):
         LogisticRegression().update(keys, labels, torch.ones(60))
+
+
+def test_many_classes_with_few_rows_get_a_strength_that_learns():
+    """Under strong penalties the held-out loss moves by less than its noise; the path must not end there."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 20
+    centers = torch.randn(20, 200, generator=generator)
+    keys = F.normalize(centers[labels] + 1.5 * torch.randn(80, 200, generator=generator), dim=-1)
+    new = F.normalize(centers[labels] + 1.5 * torch.randn(80, 200, generator=generator), dim=-1)
+    model = LogisticRegression().fit(keys, labels)
+    assert model.figures()["strength"] > 1
+    assert model.score(new, labels) > 0.5
