@@ -41,8 +41,8 @@ class LogisticRegression(LinearLearner):
 
     The strength C is the one of least likelihood loss on a held-out fifth of the rows, seeded and stratified by class;
     then all rows are fitted again. Strengths are tried from the smallest C on, until four are clearly worse than the
-    best. A class of one row is never held out. Where fewer than four rows would be held out (as with fewer than 18 rows in all,
-    or one row a class), C stays 1 and no held-out figures are reported.
+    best. A class of one row is never held out. Where fewer than four rows would be held out (as with fewer than 18
+    rows in all, or one row a class), C stays 1 and no held-out figures are reported.
 
     Every key is kept, in the dtype in which it came. The problem is solved in the principal axes of the keys, scaled by
     the curvature there, in which L-BFGS needs few iterations at any strength; neither changes the objective.
