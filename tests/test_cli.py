@@ -17,7 +17,7 @@ import lightning_faast
 from lightning_faast.cli import find_config, find_configs, main, shipped_configs, shipped_root
 from lightning_faast.lightning_cli import FaastCLI
 
-HEAVY = ("timm", "datasets", "wandb", "transformers", "sklearn", "tensorboard")
+HEAVY = ("timm", "datasets", "wandb", "sklearn", "tensorboard")
 
 
 class Encoder(nn.Module):

