@@ -351,9 +351,9 @@ class FaastCallback(Callback):
         self._solved = True
         takeover.count_one_step(trainer)
         self.metrics = reporting.figures(learner, seen, encode - statistics, statistics, solve)
+        self._report(trainer)
         if trainer.world_size > 1 and not trainer.is_global_zero:
             learner.reset()  # the rows of all processes live on rank 0; kept here too, they would be counted again
-        self._report(trainer)
 
     def _write(self) -> None:
         """Put the solved map into the user's own layer."""
