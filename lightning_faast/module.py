@@ -214,6 +214,11 @@ class FaastModule(LightningModule):
         self.log("train/loss", loss, batch_size=len(label))
         return loss
 
+    def on_after_backward(self) -> None:
+        """Have the adapter look at its first gradients."""
+        if self.global_step == 0:
+            self.adapter.check_gradients(self.encoder)
+
     def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
         """Add a batch (x [B, ...], labels [B]) to the ``val/…`` metrics."""
         self._evaluate(batch, "val", self.val_metrics)

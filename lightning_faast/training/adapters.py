@@ -43,6 +43,9 @@ class Adapter:
         """Whether a part of the encoder is in eval mode during training: here, one that has state and trains none."""
         return is_frozen(part) and bool(part.state_dict(keep_vars=True))
 
+    def check_gradients(self, encoder: nn.Module) -> None:
+        """Look at the gradients of the first step, for what can only be known then."""
+
 
 class FullFinetuning(Adapter):
     """Train every parameter that inputs pass through, those of early layers at lower learning rates.
@@ -164,7 +167,8 @@ class Lora(Adapter):
 
     Raises:
         ImportError: Where peft is not installed.
-        ValueError: Where the encoder has no attention and ``target_modules`` says nothing.
+        ValueError: Where the encoder has no attention and ``target_modules`` says nothing; in the first step of
+            training, where an update has no effect.
 
     Example:
         >>> from lightning_faast.encoders import VisionEncoder
@@ -217,6 +221,21 @@ class Lora(Adapter):
     def parameter_groups(self, encoder: nn.Module) -> list[dict[str, Any]]:
         """One group: the updates."""
         return [group | {"lr_scale": self.lr_scale} for group in super().parameter_groups(encoder)]
+
+    def check_gradients(self, encoder: nn.Module) -> None:
+        """Refuse updates that take no part.
+
+        Raises:
+            ValueError: Where the encoder computes with a layer's weight without calling the layer.
+        """
+        idle = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+        layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in idle))
+        if layers:
+            raise ValueError(
+                f"LoRA has no effect on {', '.join(layers)}: the encoder {_describe(encoder)} does not call these "
+                "layers, or uses their weights without calling them. Name the others with Lora(target_modules=[...]) "
+                "(--model.adapter.target_modules=[...]), or choose another method."
+            )
 
 
 def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:

@@ -278,5 +278,26 @@ def test_layers_that_are_read_without_being_called_get_no_update(name):
     assert {leaf.rpartition(".")[2] for leaf in attention_linears(model)} == {"proj"}
 
 
+class ReadsWeights(nn.Module):
+    """Pools by an attention whose layers are not called, as CLIP's ResNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features = 8
+        self.attn = nn.ModuleDict({"q_proj": nn.Linear(27, 8), "out_proj": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        x = nn.functional.linear(x.flatten(2).mean(1)[:, :27], self.attn["q_proj"].weight)
+        return self.attn["out_proj"](x)
+
+
+def test_an_update_without_effect_is_refused(tmp_path):
+    module = FaastModule(ReadsWeights(), nn.Linear, 2, optimizer=sgd, adapter=Lora())
+    with pytest.raises(ValueError, match=r"no effect on attn.q_proj: the encoder ReadsWeights does not call"):
+        fit(tmp_path, module, enable_checkpointing=False)
+    named = Lora(target_modules=["out_proj"])
+    fit(tmp_path, FaastModule(ReadsWeights(), nn.Linear, 2, optimizer=sgd, adapter=named), enable_checkpointing=False)
+
+
 def test_multihead_attention_gets_no_update_without_effect():
     assert not attention_linears(nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}))
