@@ -292,7 +292,7 @@ def _opposite(estimate):
     return type(estimate)(-estimate.value, -estimate.high, -estimate.low)
 
 
-def page(there: Sequence[tuple[Spec, Comparison]]) -> str:
+def page(there: Sequence[tuple[Spec, Comparison]], note: str) -> str:
     """The whole of docs/results.md."""
     frozen = [(spec, comparison) for spec, comparison in there if "logistic_regression" in spec.methods]
     lines = [
@@ -302,6 +302,7 @@ def page(there: Sequence[tuple[Spec, Comparison]]) -> str:
         "sections a difference is faast's accuracy (or loss) less the other's on the same test rows, with its 95 %",
         "paired interval; in the tables of each comparison it is the method's less faast's.",
         "",
+        *([note, ""] if note else []),
         "```bash",
         *(shlex.join(["python", "-m", "lightning_faast", *spec.arguments]) for spec, _ in there),
         "```",
@@ -331,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names", nargs="*", help=f"some of {', '.join(spec.name for spec in SPECS)}; all where none is named"
     )
+    parser.add_argument("--note", default="", help="a paragraph on the conditions of the measurements, for the page")
     parser.add_argument("--only-write", action="store_true", help="write the page from the records that are there")
     parser.add_argument("--folder", type=Path, default=ROOT, help="where comparisons/ is (default: the checkout)")
     return parser
@@ -352,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(runs.glob("*.json")):
             about = {"title": spec.title, "device": "cpu", "versions": _versions()}
             there.append((spec, Comparison.load(runs, "faast", about)))
-    OUT.write_text(page(there), encoding="utf-8")
+    OUT.write_text(page(there, options.note), encoding="utf-8")
     print(f"wrote {OUT} from {', '.join(spec.name for spec, _ in there)}")
 
 
