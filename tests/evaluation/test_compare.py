@@ -193,6 +193,11 @@ def test_failed_training_run_says_why_and_runs_again(tmp_path, options):
     assert compared.missing() == compared.runs
 
 
+def _obey_ctrl_c():
+    """As in a terminal; where these tests run in the background, SIGINT is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_leaves_what_is_finished_and_stops_the_child(tmp_path, options):
     forever = tmp_path / "forever.yaml"
     forever.write_text("model: {head: torch.nn.Linear}\nmethod: null\ntrainer: {max_epochs: 1000000}\n")
@@ -211,14 +216,19 @@ def test_interrupt_leaves_what_is_finished_and_stops_the_child(tmp_path, options
         str(tmp_path / "keys"),
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_obey_ctrl_c,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any((out / "logs").glob("*.txt")):
         time.sleep(0.5)
     time.sleep(5)  # the child is training, or still importing
     os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=180)
     assert process.returncode == 130, printed
     assert "the same command runs the rest" in printed
     (finished,) = (out / "runs").glob("*.json")
