@@ -178,8 +178,6 @@ class Comparer:
             reference: The method that the others are compared with.
             command: What made it, as typed in a shell.
         """
-        there = [run for run in self.runs if run.path.is_file()]
-        records = [load_record(run.path) for run in there]
         about = {
             "title": Path(self.recipe).stem,
             "recipe": self.recipe,
@@ -193,8 +191,8 @@ class Comparer:
             "date": date.today().isoformat(),
             "command": command,
         }
-        rows = [load_rows(run.path) for run in there] + [None] * len(self._impossible)
-        return Comparison(tuple(records + self._impossible), tuple(rows), reference, about)
+        rows = [load_rows(run.path) for run in self.runs if run.path.is_file()] + [None] * len(self._impossible)
+        return Comparison(tuple(self.records()), tuple(rows), reference, about)
 
     def _run_frozen(self, runs: Sequence[Run], progress: Progress) -> None:
         train, test = (encoded(self.bench, stage, self.store, progress) for stage in ("train", "test"))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_faast.associative import FastWeights, Learner
 from lightning_faast.data.labels import choose_per_class
 from lightning_faast.evaluation.keys import Keys, KeyStore, digest_of, fingerprint
-from lightning_faast.evaluation.measure import PeakMemory, microseconds, quality, synchronize
-from lightning_faast.evaluation.methods import Method
+from lightning_faast.evaluation.measure import PeakMemory, device_name, microseconds, quality, synchronize
+from lightning_faast.evaluation.methods import Method, make
 from lightning_faast.evaluation.records import Record, Rows
 
 _BLOCK = 1024  # test rows predicted at once
@@ -70,7 +70,7 @@ class Bench:
         fabric = Fabric(
             accelerator=config.trainer.accelerator or "auto", devices=1, precision=config.trainer.precision or 32
         )
-        encoder = fabric.setup_module(_make(nn.Module, config.model.encoder).eval(), move_to_device=True)
+        encoder = fabric.setup_module(make(nn.Module, config.model.encoder).eval(), move_to_device=True)
         data = _make_data(config.data, encoder)
         about = {
             "encoder": fingerprint(encoder.module),
@@ -82,8 +82,7 @@ class Bench:
     @property
     def device_name(self) -> str:
         """Of the GPU, or ``cpu``."""
-        device = self.fabric.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return device_name(self.fabric.device)
 
     def description(self, stage: str) -> dict[str, str]:
         """What determines the keys of a stage."""
@@ -119,12 +118,6 @@ class Bench:
             yield waiting
 
 
-def _make(kind: Any, config: Namespace) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--made", type=kind)
-    return parser.instantiate(Namespace(made=config)).made
-
-
 def _make_data(config: Namespace, encoder: Any) -> _Data:
     config = config.clone()
     options = config.init_args
@@ -133,7 +126,7 @@ def _make_data(config: Namespace, encoder: Any) -> _Data:
             options[name] = value
     if "data_config" in options and options.data_config is None:
         options.data_config = getattr(encoder, "data_config", None)
-    data: Any = _make(LightningDataModule, config)
+    data: Any = make(LightningDataModule, config)
     data.prepare_data()
     data.setup("fit")
     missing = [name for name in _OF_DATA if not hasattr(data, name)]

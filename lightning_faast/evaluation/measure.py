@@ -75,6 +75,11 @@ def microseconds(head: nn.Module, keys: Tensor, batch: int) -> float:
     return sorted(times)[len(times) // 2] / batch * 1e6
 
 
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device where it works on its own."""
     if device.type == "cuda":

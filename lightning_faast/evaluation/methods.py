@@ -76,6 +76,18 @@ def resolve(args: Sequence[str]) -> Namespace:
     return cli.config[cli.verb]
 
 
+def make(kind: Any, config: Any) -> Any:
+    """What one part of a resolved configuration describes.
+
+    Args:
+        kind: Its type, as the command line has it.
+        config: The part.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--made", type=kind)
+    return parser.instantiate(Namespace(made=config)).made
+
+
 @dataclass(frozen=True)
 class Method:
     """A method on a recipe.
@@ -113,9 +125,7 @@ class Method:
 
     def make_head(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The head, called as FaastModule calls it: ``(num_features, num_classes)``, maybe with class embeddings."""
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--head", type=Callable[[int, int], nn.Module])
-        made: nn.Module = parser.instantiate(Namespace(head=self.config.model.head)).head(*args, **kwargs)
+        made: nn.Module = make(Callable[[int, int], nn.Module], self.config.model.head)(*args, **kwargs)
         return made
 
     def identity(self) -> dict[str, Any]:

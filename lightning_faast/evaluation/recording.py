@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_faast.associative import Learner
-from lightning_faast.evaluation.measure import PeakMemory, microseconds, quality, synchronize
+from lightning_faast.evaluation.measure import PeakMemory, device_name, microseconds, quality, synchronize
 from lightning_faast.evaluation.records import Record, save_record
 from lightning_faast.reporting import Stopwatch
 
@@ -147,7 +147,7 @@ class RecordRun(Callback):
             test_rows=len(labels),
             microseconds_1=microseconds(head, self._keys, 1),
             microseconds_256=microseconds(head, self._keys, 256),
-            device=_device_name(pl_module.device),
+            device=device_name(pl_module.device),
             **measured,
             **self._figures,
         )
@@ -200,7 +200,3 @@ def _sizes(trainer: Trainer, module: LightningModule) -> dict[str, int]:
         "bytes_to_update": held + sum(value.numel() * value.element_size() for value in moments),
         "parameters": sum(parameter.numel() for parameter in trained),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
