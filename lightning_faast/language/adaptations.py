@@ -1,0 +1,88 @@
+"""Layers of fast weights by the names of their options, connected to a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_faast.language.architecture import decoder_layers, hidden_width, layer_at
+from lightning_faast.language.chunked import ChunkedFastWeights
+from lightning_faast.language.embedding import EmbeddingFastWeights
+from lightning_faast.language.learner import HiddenLearner
+from lightning_faast.language.middle import MiddleFastWeights
+from lightning_faast.language.output import OutputLayer
+from lightning_faast.language.residual import ResidualFastWeights
+from lightning_faast.language.taps import MiddleTap, OutputTap, Tap
+
+#: Modes of the output layer.
+OUTPUT_MODES = {"residual": ResidualFastWeights, "embedding": EmbeddingFastWeights, "chunked": ChunkedFastWeights}
+#: Arguments of layers that come from the model.
+_BY_MODEL = ("output", "embeddings", "width", "key_widths")
+
+
+def build(
+    model: Any, output: OutputLayer, layers_path: str | None, options: Mapping[str, Any]
+) -> tuple[HiddenLearner, Tap]:
+    """A layer of fast weights and what connects it to the model.
+
+    Args:
+        model: The model, neither compiled nor wrapped.
+        output: Its output layer.
+        layers_path: Where its decoder layers are, for an unknown family.
+        options: ``layer`` and ``mode``, and those of the layer.
+
+    Raises:
+        ValueError: For an unknown layer, mode or option.
+    """
+    options = dict(options)
+    layer, mode = options.pop("layer", "output"), options.pop("mode", None)
+    if layer == "output":
+        mode = mode or "residual"
+        if mode not in OUTPUT_MODES:
+            raise ValueError(f"mode must be one of {', '.join(OUTPUT_MODES)} for the output layer, got {mode!r}.")
+        return _output(model, output, layers_path, mode, options)
+    if layer == "middle":
+        if mode not in (None, "chunked"):
+            raise ValueError(f"The middle layer has no mode but 'chunked', got {mode!r}.")
+        return _middle(model, output, layers_path, options)
+    raise ValueError(f"layer must be 'output' or 'middle', got {layer!r}.")
+
+
+def _output(
+    model: Any, output: OutputLayer, layers_path: str | None, mode: str, options: dict[str, Any]
+) -> tuple[HiddenLearner, Tap]:
+    kind = OUTPUT_MODES[mode]
+    if mode != "residual":
+        _check_options(kind, options)
+        learner = kind(output, model.get_input_embeddings(), **options)
+        return learner, OutputTap(learner, output.module)
+    key_layers = []
+    if options.get("key_layers"):
+        layers = decoder_layers(model, layers_path)
+        places = sorted({index % len(layers) for index in options["key_layers"] if layer_at(layers, index)})
+        key_layers = [layers[index] for index in places]
+    options.pop("key_layers", None)
+    _check_options(kind, options)
+    learner = kind(output, key_widths=[hidden_width(model)] * len(key_layers), **options)
+    return learner, OutputTap(learner, output.module, key_layers, model)
+
+
+def _middle(
+    model: Any, output: OutputLayer, layers_path: str | None, options: dict[str, Any]
+) -> tuple[HiddenLearner, Tap]:
+    layers = decoder_layers(model, layers_path)
+    at = options.pop("at", len(layers) // 2)
+    source = options.pop("slow_weights", None)
+    _check_options(MiddleFastWeights, options)
+    learner = MiddleFastWeights(output, hidden_width(model), **options)
+    if source is not None:
+        learner.load_slow_weights(source, at)
+    return learner, MiddleTap(learner, layer_at(layers, at), output.module)
+
+
+def _check_options(kind: type, options: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(kind).parameters if name not in _BY_MODEL]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")

@@ -1,0 +1,477 @@
+"""ResidualFastWeights: one natural-gradient step of a map before the output layer, from three sums."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_faast.associative.faults import FaultLog
+from lightning_faast.associative.processes import reduced
+from lightning_faast.associative.reservoir import Reservoir
+from lightning_faast.associative.statistics import SufficientStatistics
+from lightning_faast.language.candidates import Candidate, Candidates, as_values
+from lightning_faast.language.held_out import HeldOut
+from lightning_faast.language.learner import HiddenLearner
+from lightning_faast.language.output import OutputLayer
+from lightning_faast.language.token_store import TokenStore
+
+#: Key ridges of a further pass, in terms of the last: the closer to the data, the more they must hold back.
+_GROWTH = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class ResidualSolution:
+    """What the solve found.
+
+    Attributes:
+        steps: The step of each pass that was taken; empty where none made the held-out tokens likelier.
+        loss_before: Mean negative log-likelihood of the held-out tokens under the model itself, nats; None without any.
+        loss_after: The same after the steps, from the other tokens alone.
+        choice_seconds: Time that the choice of the candidates took.
+        solve_seconds: All of the solve, the choice included.
+    """
+
+    steps: tuple[Candidate, ...]
+    loss_before: float | None
+    loss_after: float | None
+    choice_seconds: float
+    solve_seconds: float
+
+
+class ResidualFastWeights(HiddenLearner):
+    r"""hidden' = h + A k(h), A from one pass over hidden states and their next tokens.
+
+    The gradient of a token's log-likelihood by its hidden state is :math:`r = e_y - \sum_v p(v \mid h)\, e_v`, with e
+    the rows of the output layer. From the sums :math:`G = \sum k k^\top`, :math:`C = \sum k r^\top` and
+    :math:`F = \frac1n \sum r r^\top`, all float64,
+
+    .. math:: A = s\, (F + f \lambda_F I)^{-1} C^\top (G + g \lambda_G I)^{-1}
+
+    is one natural-gradient step with the empirical Fisher information factorized as in K-FAC (Martens and Grosse,
+    2015); :math:`\lambda` are the largest eigenvalues. The sums know no order, add and subtract. s, f and g are chosen
+    by the loss on held-out tokens (:class:`~lightning_faast.language.held_out.HeldOut`), which stay out of the sums
+    until then and are counted in the solution.
+
+    Args:
+        output: The model's output layer.
+        key_widths: Widths of further hidden states that come before h in the keys (of earlier layers).
+        normalize: Whether k(h) is h at unit norm; with ``key_widths`` each part always is.
+        step: s, or several to choose from.
+        key_ridge: g, or several to choose from.
+        value_ridge: f, or several to choose from.
+        passes: Steps; from the second on, r is taken at the point reached, on the stored tokens, with the same keys.
+        held_out_tokens: Tokens held out at most; none are where nothing is to be chosen.
+        store: Folder for the hidden states that further passes need; None keeps them in memory.
+        store_bytes: Hidden states kept for further passes, at most. Tokens beyond count in the first pass only.
+        block_elements: Logits held at a time, at most.
+
+    Attributes:
+        weight: A, [d, k].
+        solution: :class:`ResidualSolution` of the last solve in this process, else None.
+
+    Example:
+        >>> import torch
+        >>> from lightning_faast.language import OutputLayer, ResidualFastWeights
+        >>> output = OutputLayer(torch.nn.Linear(16, 50, bias=False))
+        >>> hidden = torch.randn(8, 40, 16)
+        >>> tokens = output.logits(hidden.roll(1, 1) + torch.randn(16)).argmax(-1)  # a drift that A can learn
+        >>> layer = ResidualFastWeights(output).fit(hidden, tokens)
+        >>> layer(hidden).shape, layer.solution.loss_after < layer.solution.loss_before
+        (torch.Size([8, 40, 16]), True)
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        output: OutputLayer,
+        *,
+        key_widths: Sequence[int] = (),
+        normalize: bool = False,
+        step: float | Sequence[float] = (1.0, 0.5, 0.25),
+        key_ridge: float | Sequence[float] = (1e-4, 1e-5, 1e-3, 1e-2),
+        value_ridge: float | Sequence[float] = (0.1, 0.03, 0.3),
+        passes: int = 1,
+        held_out_tokens: int = 2048,
+        store: str | os.PathLike[str] | None = None,
+        store_bytes: int = 2**30,
+        block_elements: int = 2**21,
+    ) -> None:
+        super().__init__(output)
+        for name, number in (("passes", passes), ("block_elements", block_elements)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
+        if store is not None and passes == 1:
+            raise ValueError("store keeps hidden states for further passes: give passes=2 or more with it.")
+        self.widths = (*key_widths, output.width)
+        self.in_features = sum(self.widths)
+        self.normalize = normalize or len(self.widths) > 1
+        self.candidates = Candidates(as_values(step), as_values(key_ridge), as_values(value_ridge))
+        if self.candidates.number and held_out_tokens < 1:
+            raise ValueError(
+                "held_out_tokens must be at least 1 where step, key_ridge or value_ridge are to be chosen; or give "
+                "one number for each."
+            )
+        self.passes = passes
+        self.held_out_tokens = held_out_tokens if self.candidates.number else 0
+        self.block_elements = block_elements
+        self._store = TokenStore(store_bytes, store) if passes > 1 else None
+        self.reset()
+        dtype = torch.promote_types(output.module.weight.dtype, torch.float32)
+        self.register_buffer("weight", torch.zeros(output.width, self.in_features, dtype=dtype, device=output.device))
+
+    # ------------------------------------------------------------------ learning
+
+    def reset(self) -> None:
+        """Forget every token seen; what was solved stays until the next :meth:`solve`."""
+        # Keys and gradients side by side: one Gram matrix holds G, C and F. The values are the losses.
+        self._sums = SufficientStatistics(1, self.in_features + self.output.width)
+        self._held = HeldOut(self.held_out_tokens)
+        self._faults = FaultLog(self.output.vocabulary)
+        if self._store is not None:
+            self._store.clear()
+        self.solution: ResidualSolution | None = None
+        self._steps: tuple[Candidate, ...] = ()  # of the last solve, also after loading
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(
+        self, keys: Tensor, values: Tensor, weights: Tensor | None = None, positions: Tensor | None = None
+    ) -> None:
+        """Take in tokens, under the model itself; A changes at the next :meth:`solve`.
+
+        Args:
+            keys: Hidden states [B, T, k], or rows [N, k].
+            values: Labels [B, T] (predicted from the state before; -100 is left out), or the tokens of the rows [N].
+            weights: Optional, one non-negative weight for each label.
+            positions: Of no account: sums know no order.
+
+        Raises:
+            ValueError: For NaN or infinite states, tokens out of the vocabulary, and shapes that do not fit. On the
+                CPU nothing of the bad batch has been taken in; elsewhere the next :meth:`solve` says so, or every 64th
+                batch.
+        """
+        self._check_width(keys)
+        pairs, row_weights = self._pairs(keys, values, weights)
+        rows = pairs.keys(keys) if keys.ndim == 3 else keys
+        targets = self._checked_tokens(pairs.targets)
+        sequences, length = (1, len(keys)) if keys.ndim == 2 else (keys.shape[0], max(keys.shape[1] - 1, 0))
+        if row_weights is None:
+            row_weights = torch.ones(len(targets))
+        row_weights = row_weights.to(rows.device)
+        targets = targets.to(rows.device)
+        if len(rows):
+            self._faults.check(rows, targets)
+            held = self._held.mask(sequences, length)
+            if held is not None and pairs.places is not None:
+                held = held[pairs.places]
+            learn = rows, targets.clamp(0, self.output.vocabulary - 1), row_weights
+            hold = None
+            if held is not None and bool(held.any()):
+                hold = tuple(part[held.nonzero()[:, 0].to(rows.device)] for part in learn)
+                learn = tuple(part[(~held).nonzero()[:, 0].to(rows.device)] for part in learn)
+            self._add(self._sums, *learn)
+            if self._store is not None:
+                self._store.add(*learn)
+            if hold is not None:
+                self._held.add(*hold)
+        self._held.saw(sequences)
+
+    def _add(
+        self, sums: SufficientStatistics, keys: Tensor, targets: Tensor, weights: Tensor, at: Tensor | None = None
+    ) -> None:
+        """Add rows to sums, with r and the loss at the point A = ``at``."""
+        features = self._features(keys)
+        hidden = self._hidden(keys)
+        if at is not None:
+            hidden = hidden.to(features) + F.linear(features, at.to(features))
+        gradient, loss = self.output.gradient(hidden, targets, self.block_elements)
+        features = features.to(gradient)
+        sums.update(torch.cat([features, gradient], 1), loss[:, None], weights.to(gradient.device))
+
+    def forget(self) -> None:
+        """Set A to zero."""
+        self.weight = torch.zeros_like(self.weight)
+
+    def merge(self, other: ResidualFastWeights) -> None:
+        """Take in what another layer of the same model has seen.
+
+        Its held-out tokens are added to the sums here, unless this layer holds none.
+        """
+        self._check_like(other)
+        theirs = other._sums
+        if other._held.size:
+            if self._held.size:
+                theirs = theirs + other._sums_of(other._held.rows())
+            else:
+                self._held.load_state_dict(other._held.state_dict())
+        if other._store is not None and self._store is not None:
+            for part in other._store:
+                self._store.add(*part)
+        self._sums = self._sums + theirs
+        self._held.sequences = max(self._held.sequences, 1) + other._held.sequences
+
+    def subtract(self, other: ResidualFastWeights) -> None:
+        """Forget what another layer of the same model has seen, all of which this one has seen too.
+
+        Tokens held out here go into the sums first, and are forgotten as tokens: the step and the ridges of the last
+        solve are used from then on, the most cautious candidates where there was none.
+
+        Raises:
+            ValueError: Where the other has seen more, or where tokens are stored for further passes.
+        """
+        self._check_like(other)
+        if self._store is not None:
+            raise ValueError("With passes above 1 tokens are stored one by one; they cannot be subtracted. Learn anew.")
+        whole, theirs = self._everything(), other._everything()
+        self._sums = whole - theirs
+        self._held = HeldOut(0)
+
+    def _check_like(self, other: ResidualFastWeights) -> None:
+        mine, theirs = ((s.widths, s.normalize, s.passes > 1) for s in (self, other))
+        if mine != theirs:
+            raise ValueError(f"These layers have other keys (widths, normalized, several passes): {mine} and {theirs}.")
+
+    def _everything(self) -> SufficientStatistics:
+        return self._sums + self._sums_of(self._held.rows()) if self._held.size else self._sums
+
+    def _sums_of(self, rows: tuple[Tensor, Tensor, Tensor], at: Tensor | None = None) -> SufficientStatistics:
+        sums = SufficientStatistics(1, self._sums.num_features)
+        self._add(sums, *rows, at=at)
+        return sums
+
+    def reduce(self, add: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]]) -> None:
+        """Replace what this process has seen by what all have seen.
+
+        Args:
+            add: Sums a tensor over processes, out of place.
+            gather: Collects a tensor of one shape and dtype from every process.
+
+        Raises:
+            ValueError: On every process, where one holds bad rows; with several passes, whose tokens are not shared.
+        """
+        device = self.output.device
+        processes = len(gather(torch.zeros((), device=device)))
+        if self._store is not None and processes > 1:
+            raise ValueError("passes above 1 need all tokens in one process: use one device, or passes=1.")
+        surplus = self._held.released(self.held_out_tokens // processes)
+        if surplus is not None:
+            self._add(self._sums, *surplus)
+        self._sums, _ = reduced(self._sums, Reservoir(0, 0), add, gather, device)
+        like = torch.empty(0, self.in_features, dtype=self.output.module.weight.dtype, device=device)
+        self._held.gather(gather, like)
+
+    @property
+    def rows(self) -> int:
+        """Tokens seen since the last :meth:`reset`, held-out ones included."""
+        return self._sums.rows + self._held.size
+
+    # ------------------------------------------------------------------ solving
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def solve(self) -> ResidualSolution:
+        """Choose the candidates and set A.
+
+        Raises:
+            RuntimeError: Where no token was seen.
+        """
+        self._faults.verify()
+        if not self.rows:
+            raise RuntimeError("No next-token pair was seen: call learn(...) or update(keys, labels) before solving.")
+        started = time.perf_counter()
+        choice_seconds = 0.0
+        last = self._steps
+        held = self._held.rows() if self._held.size else None
+        # A from the tokens outside the held-out slice, on which the choices are made, and A from all.
+        point = torch.zeros_like(self.weight, dtype=torch.float64)
+        result = point
+        candidates, steps = self.candidates, []
+        before = after = None
+        for number in range(self.passes):
+            sums = self._sums if number == 0 else self._sums_at(point)
+            held_sums = None
+            if held is not None:
+                held_sums = self._sums_of(held, at=point if number else None)
+                now = float(held_sums.value_sum / held_sums.count)
+                before, after = (now, now) if number == 0 else (before, now)
+            if held is None or not sums.rows:
+                chosen = last[number] if number < len(last) else candidates.cautious
+            else:
+                choosing = time.perf_counter()
+                curvature = Curvature(sums, self.in_features)
+                base = point
+                chosen, loss = candidates.best(lambda c: self._loss(held, base + curvature.step(c)))  # noqa: B023
+                choice_seconds += time.perf_counter() - choosing
+                if not loss < after:
+                    break
+                after = loss
+            steps.append(chosen)
+            whole = sums if held_sums is None else sums + held_sums
+            result = point + Curvature(whole, self.in_features).step(chosen)
+            if number + 1 < self.passes:
+                point = result if held_sums is None or not sums.rows else point + curvature.step(chosen)
+                candidates = self._further(candidates, chosen)
+        self.weight = result.to(device=self.weight.device, dtype=self.weight.dtype)
+        self._steps = tuple(steps)
+        self.solution = ResidualSolution(self._steps, before, after, choice_seconds, time.perf_counter() - started)
+        return self.solution
+
+    def _further(self, candidates: Candidates, chosen: Candidate) -> Candidates:
+        """What the next pass chooses from."""
+        ridges = (chosen.key_ridge,)
+        if len(candidates.key_ridge) > 1:
+            ridges = tuple(chosen.key_ridge * growth for growth in _GROWTH)
+        return replace(candidates, key_ridge=ridges, value_ridge=(chosen.value_ridge,))
+
+    def _sums_at(self, point: Tensor) -> SufficientStatistics:
+        assert self._store is not None
+        sums = SufficientStatistics(1, self._sums.num_features)
+        for part in self._store:
+            self._add(sums, *part, at=point)
+        return sums
+
+    def _loss(self, rows: tuple[Tensor, Tensor, Tensor], weight: Tensor) -> float:
+        """Mean loss of rows under A = ``weight``, nats a token."""
+        keys, targets, weights = rows
+        features = self._features(keys)
+        hidden = self._hidden(keys).to(features) + F.linear(features, weight.to(features))
+        loss = self.output.loss(hidden, targets, self.block_elements).to(torch.float64)
+        weights = weights.to(loss)
+        return float((loss * weights).sum() / weights.sum())
+
+    # ------------------------------------------------------------------ predicting
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """Hidden states h + A k(h) [..., d] of keys [..., k], in their dtype; h itself before the first solve."""
+        self._check_width(keys)
+        features = self._features(keys)
+        hidden = self._hidden(keys)
+        return (hidden + F.linear(features, self.weight.to(features))).to(hidden.dtype)
+
+    def _hidden(self, keys: Tensor) -> Tensor:
+        return keys[..., -self.output.width :]
+
+    def _features(self, keys: Tensor) -> Tensor:
+        """k(h), at least float32."""
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        if not self.normalize:
+            return keys
+        return torch.cat([F.normalize(part, dim=-1) for part in keys.split(self.widths, dim=-1)], -1)
+
+    # ------------------------------------------------------------------ state
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Sums, held-out and stored tokens, flat: what is needed to go on learning."""
+        self._faults.verify()
+        parts = {"sums": self._sums.state_dict(), "held_out": self._held.state_dict()}
+        if self._store is not None:
+            parts["store"] = self._store.state_dict()
+        parts["solution"] = {"steps": torch.tensor([astuple(s) for s in self._steps], dtype=torch.float64)}
+        return {f"{part}.{name}": t for part, state in parts.items() for name, t in state.items()}
+
+    def load_learned_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`learned_state`."""
+        parts: dict[str, dict[str, Tensor]] = {"sums": {}, "held_out": {}, "store": {}, "solution": {}}
+        for name, t in state.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = t.to(self.output.device) if t.ndim else t
+        if not parts["sums"] or not parts["held_out"] or (self._store is not None and not parts["store"]):
+            raise ValueError(f"Not a state of ResidualFastWeights(passes={self.passes}): it holds {sorted(state)}.")
+        sums = SufficientStatistics(1, self._sums.num_features)
+        sums.load_state_dict(parts["sums"])
+        self._sums = sums
+        self._held.load_state_dict(parts["held_out"])
+        self._steps = tuple(Candidate(*row) for row in parts["solution"]["steps"].tolist())
+        if self._store is not None:
+            self._store.load_state_dict(parts["store"])
+
+    # ------------------------------------------------------------------ reporting
+
+    @property
+    def bytes_to_predict(self) -> int:
+        """Bytes of A."""
+        return self.weight.numel() * self.weight.element_size()
+
+    @property
+    def bytes_to_update(self) -> int:
+        """Bytes of the sums (packed), of the held-out and of the stored tokens."""
+        store = 0 if self._store is None else self._store.num_bytes
+        return self._sums.num_bytes + self._held.num_bytes + store
+
+    @property
+    def num_solved(self) -> int:
+        """Numbers in A."""
+        return self.weight.numel()
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the last solve by the names under which they are logged; perplexities are of held-out tokens."""
+        solution = self._last_solution()
+        found = {"tokens": self.rows, "held_out_tokens": self._held.size, "passes": len(solution.steps)}
+        if self._store is not None:
+            found["stored_tokens"] = self._store.tokens
+        if solution.steps:
+            step = solution.steps[-1]
+            found |= {"step": step.step, "key_ridge": step.key_ridge, "value_ridge": step.value_ridge}
+        if solution.loss_before is not None and solution.loss_after is not None:
+            found["perplexity_before"] = _perplexity(solution.loss_before)
+            found["perplexity_after"] = _perplexity(solution.loss_after)
+        found |= {"choice_seconds": solution.choice_seconds, "solve_seconds": solution.solve_seconds}
+        return {name: float(value) for name, value in found.items()}
+
+    def summary(self) -> str:
+        """The steps, and the perplexity of the held-out tokens before and after."""
+        solution = self._last_solution()
+        steps = "; ".join(map(str, solution.steps)) or "no step made the held-out tokens likelier"
+        if solution.loss_before is None or solution.loss_after is None:
+            return f"residual, {steps}"
+        before, after = _perplexity(solution.loss_before), _perplexity(solution.loss_after)
+        return f"residual, {steps}; held-out perplexity {before:.2f} to {after:.2f}"
+
+    def _last_solution(self) -> ResidualSolution:
+        if self.solution is None:
+            raise RuntimeError("The layer was not solved in this process: call solve().")
+        return self.solution
+
+    def extra_repr(self) -> str:
+        """In the manner of nn.Linear."""
+        return f"in_features={self.in_features}, normalize={self.normalize}, passes={self.passes}"
+
+
+class Curvature:
+    """The sums in the bases in which both factors of the Fisher information are diagonal.
+
+    Args:
+        sums: Gram matrix of [k, r].
+        width: Of k.
+    """
+
+    def __init__(self, sums: SufficientStatistics, width: int) -> None:
+        gram, count = sums.gram, sums.count
+        self.key_values, self.key_basis = torch.linalg.eigh(gram[:width, :width])
+        self.gradient_values, self.gradient_basis = torch.linalg.eigh(gram[width:, width:] / count)
+        self.mixed = self.gradient_basis.T @ gram[width:, :width] @ self.key_basis
+
+    def step(self, candidate: Candidate) -> Tensor:
+        """The step s (F + f I)^-1 C^T (G + g I)^-1, [d, k] float64."""
+        left = _damped(self.gradient_values, candidate.value_ridge)
+        right = _damped(self.key_values, candidate.key_ridge)
+        scaled = self.mixed / (left[:, None] * right)
+        return candidate.step * (self.gradient_basis @ scaled @ self.key_basis.T)
+
+
+def _damped(values: Tensor, ridge: float) -> Tensor:
+    """Eigenvalues plus a ridge relative to the largest; where all are zero, so is what is divided."""
+    largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    return values.clamp_min(0) + ridge * largest
+
+
+def _perplexity(loss: float) -> float:
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
