@@ -73,7 +73,8 @@ class ChunkedMap:
             training: Whether the discount counts, and the tolerance is that of float32 rounding.
         """
         while self.held >= self.memory_size:
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             u = self.update_size
             self.weight, self.count = self._with_chunk(self.keys[:u], self.values[:u], weigh, training)
             self.keys, self.values = self.keys[u:].clone(), self.values[u:].clone()
@@ -89,7 +90,8 @@ class ChunkedMap:
             RuntimeError: Where nothing was added.
         """
         if self.held:
-            assert self.keys is not None and self.values is not None
+            assert self.keys is not None
+            assert self.values is not None
             return self._with_chunk(self.keys, self.values, weigh, training)
         if self.weight is None:
             raise RuntimeError("No next-token pair was seen: call learn(...) or update(keys, labels) before solving.")

@@ -118,7 +118,7 @@ class MixingLearner(HiddenLearner):
 
 
 class EmbeddingFastWeights(MixingLearner):
-    r"""The paper's output layer from exact sums: hidden' = (1 - m) h + m W h, W h regressing the next token's embedding.
+    r"""The paper's output layer from exact sums: hidden' = (1 - m) h + m W h, W h the next token's embedding regressed.
 
     It assumes a model whose slow weights were trained for it; any other model it ruins. For those there is
     :class:`ResidualFastWeights`.

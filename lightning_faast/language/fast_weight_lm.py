@@ -111,7 +111,7 @@ class FastWeightLM(nn.Module):
         other = {"layer", "mode"} & options.keys()  # options of another layer mean nothing to this one
         options = {**({} if other else self._default), **options}
         learner, tap = build(self._eager, self._output, self._layers_path, options)
-        self.adaptations[name] = learner
+        self.adaptations[name] = learner.train(self._eager.training)
         self._options[name], self._taps[name] = options, tap
         return learner
 

@@ -83,7 +83,7 @@ class MiddleFastWeights(HiddenLearner):
     # ------------------------------------------------------------------ learning
 
     def reset(self) -> None:
-        """Forget every token seen; what was solved stays until the next :meth:`solve`, and the slow weights for good."""
+        """Forget every token seen; W stays until the next :meth:`solve`, and the slow weights for good."""
         self._map.clear()
         self._faults = FaultLog(self.output.vocabulary)
         self.solution: MapSolution | None = None
