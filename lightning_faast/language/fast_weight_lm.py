@@ -188,7 +188,7 @@ class FastWeightLM(nn.Module):
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"{name} has {length} positions, and the model was made for {self._positions}. Cut the text into "
-                f"windows: input_ids.split({self._positions}, dim=1)."
+                f"windows: lightning_faast.language.windows(input_ids, {self._positions})."
             )
         rows = self._eager.get_input_embeddings().weight.shape[0]
         if input_ids.device.type == "cpu":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_faast.language.pairs import IGNORED, Pairs, pair_labels
+from lightning_faast.language.pairs import IGNORED, Pairs, pair_labels, windows
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
@@ -49,3 +49,13 @@ def test_devices_that_must_be_waited_for_get_weights(monkeypatch):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"attention_mask must be \(2, 4\)"):
         pair_labels(IDS, IDS[:, :2])
+
+
+def test_windows_cover_a_text():
+    parts = windows(torch.arange(12)[None], 5)
+    assert torch.equal(torch.cat(parts, 1), torch.arange(12)[None])
+    assert len(windows(torch.arange(11), 5)) == 2
+    with pytest.raises(ValueError, match="at least 2"):
+        windows(torch.arange(11), 1)
+    with pytest.raises(ValueError, match="must be one text"):
+        windows(IDS, 2)
