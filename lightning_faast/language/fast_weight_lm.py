@@ -210,7 +210,7 @@ class FastWeightLM(nn.Module):
                 inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         tap = self._taps[str(self.active)]
         with architecture.evaluating(self._eager), tap.reading() as read:
-            self._eager(**inputs)
+            architecture.run(self._eager, **inputs)
         if len(read) != 1:
             raise RuntimeError(f"The layer was run {len(read)} times in one forward pass; it must run exactly once.")
         return read[0]
