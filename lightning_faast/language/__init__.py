@@ -6,7 +6,6 @@ from lightning_faast.language.fast_weight_lm import FastWeightLM
 from lightning_faast.language.knn_lm import KNNLM
 from lightning_faast.language.middle import MiddleFastWeights, slow_weights
 from lightning_faast.language.output import OutputLayer
-from lightning_faast.language.perplexity import TokenScores, Window, evaluate, perplexity, sliding_windows
 from lightning_faast.language.residual import ResidualFastWeights
 
 __all__ = [
@@ -17,10 +16,5 @@ __all__ = [
     "MiddleFastWeights",
     "OutputLayer",
     "ResidualFastWeights",
-    "TokenScores",
-    "Window",
-    "evaluate",
-    "perplexity",
-    "sliding_windows",
     "slow_weights",
 ]
