@@ -23,6 +23,9 @@ class HiddenLearner(Learner):
         output: The model's output layer.
     """
 
+    unit = "tokens"
+    reads_sequences = True
+
     def __init__(self, output: OutputLayer) -> None:
         super().__init__()
         self.output = output
