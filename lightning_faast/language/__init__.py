@@ -5,6 +5,7 @@ from lightning_faast.language.embedding import EmbeddingFastWeights
 from lightning_faast.language.fast_weight_lm import FastWeightLM
 from lightning_faast.language.middle import MiddleFastWeights, slow_weights
 from lightning_faast.language.output import OutputLayer
+from lightning_faast.language.pairs import windows
 from lightning_faast.language.residual import ResidualFastWeights
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "OutputLayer",
     "ResidualFastWeights",
     "slow_weights",
+    "windows",
 ]

@@ -19,6 +19,15 @@ from lightning_faast.language.taps import MiddleTap, OutputTap, Tap
 OUTPUT_MODES = {"residual": ResidualFastWeights, "embedding": EmbeddingFastWeights, "chunked": ChunkedFastWeights}
 #: Arguments of layers that come from the model.
 _BY_MODEL = ("output", "embeddings", "width", "key_widths")
+#: The mode of a layer where none is named.
+_DEFAULT_MODE = {"output": "residual", "middle": "chunked"}
+
+
+def named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with ``layer`` and ``mode`` in them."""
+    layer = options.get("layer", "output")
+    mode = options.get("mode")
+    return {**options, "layer": layer, "mode": _DEFAULT_MODE.get(layer) if mode is None else mode}
 
 
 def build(
@@ -30,20 +39,19 @@ def build(
         model: The model, neither compiled nor wrapped.
         output: Its output layer.
         layers_path: Where its decoder layers are, for an unknown family.
-        options: ``layer`` and ``mode``, and those of the layer.
+        options: :func:`named` ones: ``layer`` and ``mode``, and those of the layer.
 
     Raises:
         ValueError: For an unknown layer, mode or option.
     """
     options = dict(options)
-    layer, mode = options.pop("layer", "output"), options.pop("mode", None)
+    layer, mode = options.pop("layer"), options.pop("mode")
     if layer == "output":
-        mode = mode or "residual"
         if mode not in OUTPUT_MODES:
             raise ValueError(f"mode must be one of {', '.join(OUTPUT_MODES)} for the output layer, got {mode!r}.")
         return _output(model, output, layers_path, mode, options)
     if layer == "middle":
-        if mode not in (None, "chunked"):
+        if mode != "chunked":
             raise ValueError(f"The middle layer has no mode but 'chunked', got {mode!r}.")
         return _middle(model, output, layers_path, options)
     raise ValueError(f"layer must be 'output' or 'middle', got {layer!r}.")
@@ -60,8 +68,8 @@ def _output(
     key_layers = []
     if options.get("key_layers"):
         layers = decoder_layers(model, layers_path)
-        places = sorted({index % len(layers) for index in options["key_layers"] if layer_at(layers, index)})
-        key_layers = [layers[index] for index in places]
+        chosen = {layer_at(layers, index) for index in options["key_layers"]}
+        key_layers = [layer for layer in layers if layer in chosen]  # in the order in which they run
     options.pop("key_layers", None)
     _check_options(kind, options)
     learner = kind(output, key_widths=[hidden_width(model)] * len(key_layers), **options)

@@ -72,7 +72,6 @@ class OutputTap(Tap):
         self._handles.append(self.output.register_forward_pre_hook(self._before_output))
         if self.key_layers:
             self._handles.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            self._handles.append(self.model.register_forward_hook(self._after_model, always_call=True))
             self._handles += [layer.register_forward_hook(self._after_layer) for layer in self.key_layers]
 
     def _before_model(self, _: nn.Module, __: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -80,9 +79,6 @@ class OutputTap(Tap):
             raise ValueError(
                 "With key_layers, logits_to_keep must be a number: which positions an index means is lost."
             )
-        self._states.clear()
-
-    def _after_model(self, *_: Any) -> None:
         self._states.clear()
 
     def _after_layer(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -94,6 +90,7 @@ class OutputTap(Tap):
         if self.key_layers:  # the model may have kept only the last positions for its output layer
             states = [state[:, state.shape[1] - hidden.shape[1] :].to(hidden) for state in self._states]
             keys = torch.cat([*states, hidden], -1)
+            self._states.clear()
         if self._read is not None:
             self._read.append(keys)
             return (hidden[:, :0], *args[1:])
