@@ -3,6 +3,7 @@
 from lightning_faast.language.chunked import ChunkedFastWeights
 from lightning_faast.language.embedding import EmbeddingFastWeights
 from lightning_faast.language.fast_weight_lm import FastWeightLM
+from lightning_faast.language.module import LanguageModule
 from lightning_faast.language.middle import MiddleFastWeights, slow_weights
 from lightning_faast.language.output import OutputLayer
 from lightning_faast.language.pairs import windows
@@ -12,6 +13,7 @@ __all__ = [
     "ChunkedFastWeights",
     "EmbeddingFastWeights",
     "FastWeightLM",
+    "LanguageModule",
     "MiddleFastWeights",
     "OutputLayer",
     "ResidualFastWeights",

@@ -175,7 +175,7 @@ class FastWeightLM(nn.Module):
                 "There is nothing to learn: no token that counts has one before it. Check attention_mask and labels "
                 f"(-100 is left out) of input_ids {tuple(input_ids.shape)}."
             )
-        learner.update(self._keys(input_ids, attention_mask), labels)
+        learner.update(self.keys(input_ids, attention_mask), labels)
         self._stale.add(str(self.active))
         return self
 
@@ -200,7 +200,7 @@ class FastWeightLM(nn.Module):
                 )
 
     @torch.no_grad()
-    def _keys(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def keys(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, k] of the layer in use, of the model as it is without fast weights."""
         device = architecture.input_device(self._eager)
         inputs = {"input_ids": input_ids.to(device), "use_cache": False}
@@ -243,7 +243,7 @@ class FastWeightLM(nn.Module):
 
     def _combine(self, other: str | FastWeightLM, combine: Callable[[Any, Any], None]) -> FastWeightLM:
         if isinstance(other, FastWeightLM):
-            _refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
+            refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
             theirs = other.learner
         elif other in self.adaptations:
             theirs = self.adaptations[other]
@@ -316,7 +316,7 @@ class FastWeightLM(nn.Module):
             ValueError: For a damaged file, one of another model, or one of another kind of layer.
         """
         tensors, config = _read(path)
-        _refuse_other_model(_fingerprint(self._eager), tensors["model"])
+        refuse_other_model(_fingerprint(self._eager), tensors["model"])
         mine, theirs = self._options[str(self.active)], config["options"]
         kinds = [(o["layer"], o["mode"]) for o in (mine, theirs)]
         if kinds[0] != kinds[1]:
@@ -395,7 +395,7 @@ def _fingerprint(model: nn.Module) -> Tensor:
     return torch.cat([p.to(device="cpu", dtype=torch.float32) for p in first])
 
 
-def _refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())
