@@ -25,6 +25,15 @@ OUTPUT_MODES = {
 }
 #: Arguments of layers that come from the model.
 _BY_MODEL = ("output", "embeddings", "width", "key_widths", "base")
+#: The mode of a layer where none is named.
+_DEFAULT_MODE = {"output": "residual", "middle": "chunked"}
+
+
+def named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with ``layer`` and ``mode`` in them."""
+    layer = options.get("layer", "output")
+    mode = options.get("mode")
+    return {**options, "layer": layer, "mode": _DEFAULT_MODE.get(layer) if mode is None else mode}
 
 
 def build(
@@ -36,17 +45,17 @@ def build(
         model: The model, neither compiled nor wrapped.
         output: Its output layer.
         layers_path: Where its decoder layers are, for an unknown family.
-        options: ``layer`` and ``mode``, and those of the layer.
+        options: :func:`named` ones: ``layer`` and ``mode``, and those of the layer.
 
     Raises:
         ValueError: For an unknown layer, mode or option.
     """
     options = dict(options)
-    layer, mode = options.pop("layer", "output"), options.pop("mode", None)
+    layer, mode = options.pop("layer"), options.pop("mode")
     if layer == "output":
-        return _output(model, output, layers_path, mode or "residual", options)
+        return _output(model, output, layers_path, mode, options)
     if layer == "middle":
-        if mode not in (None, "chunked"):
+        if mode != "chunked":
             raise ValueError(f"The middle layer has no mode but 'chunked', got {mode!r}.")
         return _middle(model, output, layers_path, options)
     raise ValueError(f"layer must be 'output' or 'middle', got {layer!r}.")
@@ -67,8 +76,8 @@ def _output(
     key_layers = []
     if options.get("key_layers"):
         layers = decoder_layers(model, layers_path)
-        places = sorted({index % len(layers) for index in options["key_layers"] if layer_at(layers, index)})
-        key_layers = [layers[index] for index in places]
+        chosen = {layer_at(layers, index) for index in options["key_layers"]}
+        key_layers = [layer for layer in layers if layer in chosen]  # in the order in which they run
     options.pop("key_layers", None)
     _check_options(kind, options)
     learner = kind(output, key_widths=[hidden_width(model)] * len(key_layers), **options)
@@ -84,7 +93,7 @@ def _neighbors(
         learner = KNNLM(output, **options)
         return learner, LogitsTap(learner, output.module)
     beneath = {"mode": over} if isinstance(over, str) else dict(over)
-    mode = beneath.pop("mode", "residual")
+    mode = beneath.pop("mode", _DEFAULT_MODE["output"])
     if mode == "knn_lm":
         raise ValueError("over must be another mode of the output layer, or its options, got 'knn_lm'.")
     base, tap = _output(model, output, layers_path, mode, beneath)

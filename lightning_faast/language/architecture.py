@@ -132,7 +132,7 @@ def _check(model: Any, output: OutputLayer) -> None:
     try:
         with evaluating(model):
             ids = torch.arange(min(4, output.vocabulary), device=input_device(model))[None]
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = run(model, input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
     if len(seen) != 1 or logits.shape[:-1] != seen[0].shape[:-1]:
@@ -146,6 +146,11 @@ def _check(model: Any, output: OutputLayer) -> None:
             f"known are {', '.join([*_SCALES, 'final_logit_softcapping'])} of its configuration), so the gradient of "
             "its log-likelihood would be wrong. It cannot adapt."
         )
+
+
+def run(model: Any, **inputs: Any) -> Any:
+    """One forward pass with all hooks, also where the model was compiled in place: its code may not know them yet."""
+    return model._call_impl(**inputs)
 
 
 def input_device(model: Any) -> torch.device:

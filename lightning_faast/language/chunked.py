@@ -155,7 +155,7 @@ class ChunkedFastWeights(MixingLearner):
         >>> layer = ChunkedFastWeights(OutputLayer(torch.nn.Linear(16, 50)), table, update_size=32, memory_size=64)
         >>> tokens = torch.randint(50, (4, 30))
         >>> layer.fit(table(tokens).detach(), tokens).solution.count
-        116
+        116.0
     """
 
     def __init__(

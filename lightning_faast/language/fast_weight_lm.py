@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_faast.associative import Learner
 from lightning_faast.associative.files import save_tensors
 from lightning_faast.language import architecture
-from lightning_faast.language.adaptations import build
+from lightning_faast.language.adaptations import build, named
 from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.pairs import IGNORED, pair_labels
 from lightning_faast.language.taps import Tap
@@ -112,7 +112,7 @@ class FastWeightLM(nn.Module):
         if name in self.adaptations:
             raise ValueError(f"There is an adaptation {name!r} already: {', '.join(self.adaptations)}.")
         other = {"layer", "mode"} & options.keys()  # options of another layer mean nothing to this one
-        options = {**({} if other else self._default), **options}
+        options = named({**({} if other else self._default), **options})
         learner, tap = build(self._eager, self._output, self._layers_path, options)
         self.adaptations[name] = learner.train(self._eager.training)
         self._options[name], self._taps[name] = options, tap
@@ -177,7 +177,7 @@ class FastWeightLM(nn.Module):
                 "There is nothing to learn: no token that counts has one before it. Check attention_mask and labels "
                 f"(-100 is left out) of input_ids {tuple(input_ids.shape)}."
             )
-        return self.learn_keys(self._keys(input_ids, attention_mask), labels)
+        return self.learn_keys(self.keys(input_ids, attention_mask), labels)
 
     def learn_keys(self, keys: Tensor, labels: Tensor) -> FastWeightLM:
         """Take in hidden states that :meth:`watching` gave [B, T, k], with labels [B, T] as in :meth:`learn`."""
@@ -218,7 +218,7 @@ class FastWeightLM(nn.Module):
         if self._positions is not None and length > self._positions:
             raise ValueError(
                 f"{name} has {length} positions, and the model was made for {self._positions}. Cut the text into "
-                f"windows: input_ids.split({self._positions}, dim=1)."
+                f"windows: lightning_faast.language.windows(input_ids, {self._positions})."
             )
         rows = self._eager.get_input_embeddings().weight.shape[0]
         if input_ids.device.type == "cpu":
@@ -230,7 +230,7 @@ class FastWeightLM(nn.Module):
                 )
 
     @torch.no_grad()
-    def _keys(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def keys(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, k] of the layer in use, of the model as it is without fast weights."""
         device = architecture.input_device(self._eager)
         inputs = {"input_ids": input_ids.to(device), "use_cache": False}
@@ -240,7 +240,7 @@ class FastWeightLM(nn.Module):
                 inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         tap = self._taps[str(self.active)]
         with architecture.evaluating(self._eager), tap.reading() as read:
-            self._eager(**inputs)
+            architecture.run(self._eager, **inputs)
         if len(read) != 1:
             raise RuntimeError(f"The layer was run {len(read)} times in one forward pass; it must run exactly once.")
         return read[0]
@@ -273,7 +273,7 @@ class FastWeightLM(nn.Module):
 
     def _combine(self, other: str | FastWeightLM, combine: Callable[[Any, Any], None]) -> FastWeightLM:
         if isinstance(other, FastWeightLM):
-            _refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
+            refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
             theirs = other.learner
         elif other in self.adaptations:
             theirs = self.adaptations[other]
@@ -334,7 +334,8 @@ class FastWeightLM(nn.Module):
         if learning:
             tensors |= {f"learned.{name}": t for name, t in learner.learned_state().items()}
         tensors["model"] = _fingerprint(self._eager)
-        config = {"options": self._options[str(self.active)], "model_type": self._eager.config.model_type}
+        options, objects = _plain(self._options[str(self.active)])
+        config = {"options": options, "objects": objects}
         return save_tensors(tensors, path, {"format": _FORMAT, "config": json.dumps(config)})
 
     def load(self, path: str | os.PathLike[str]) -> FastWeightLM:
@@ -345,9 +346,9 @@ class FastWeightLM(nn.Module):
             ValueError: For a damaged file, one of another model, or one of another kind of layer.
         """
         tensors, config = _read(path)
-        _refuse_other_model(_fingerprint(self._eager), tensors["model"])
+        refuse_other_model(_fingerprint(self._eager), tensors["model"])
         mine, theirs = self._options[str(self.active)], config["options"]
-        kinds = [(o["layer"], o["mode"]) for o in (json.loads(json.dumps(mine)), theirs)]
+        kinds = [(o["layer"], o["mode"]) for o in (mine, theirs)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{path} holds an adaptation (layer, mode) = {kinds[1]}, and this one is {kinds[0]}.")
         parts: dict[str, dict[str, Tensor]] = {"solved": {}, "learned": {}}
@@ -373,9 +374,16 @@ class FastWeightLM(nn.Module):
         Args:
             model: The model it was learned with.
             path: Written by :meth:`save`.
-            **options: In place of those in the file.
+            **options: In place of those in the file, and those that are objects (``regularization``), which no file
+                holds.
         """
-        lm = cls(model, **{**_read(path)[1]["options"], **options})
+        config = _read(path)[1]
+        missing = [f"{name}={value}" for name, value in config["objects"].items() if name not in options]
+        if missing:
+            raise ValueError(
+                f"{path} was written with objects among its options; give them again: {', '.join(missing)}."
+            )
+        lm = cls(model, **{**config["options"], **options})
         try:
             return lm.load(path)
         except BaseException:
@@ -420,7 +428,7 @@ def _fingerprint(model: nn.Module) -> Tensor:
     return torch.cat([p.to(device="cpu", dtype=torch.float32) for p in first])
 
 
-def _refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())
@@ -429,6 +437,19 @@ def _refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
             "The adaptation was learned with another model: statistics mean something only with the weights they were "
             "taken at. Load that model, or learn again."
         )
+
+
+def _plain(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Options as JSON has them, and the names of those that it cannot hold, with what they were."""
+    plain: dict[str, Any] = {}
+    objects: dict[str, str] = {}
+    for name, value in options.items():
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError:
+            objects[name] = repr(value)
+    return plain, objects
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -104,7 +104,11 @@ class HeldOut:
         """Hold what all processes hold, in their order, the same on each; ``like`` [0, k] where this one holds none."""
         sizes = torch.stack(gather(torch.tensor(self.size, device=like.device))).tolist()
         sequences = int(torch.stack(gather(torch.tensor(self.sequences, device=like.device))).sum())
-        parts = self.rows() if self.size else (like, like.new_empty(0, dtype=torch.int64), like.new_empty(0))
+        parts = (
+            self.rows()
+            if self.size
+            else (like, like.new_empty(0, dtype=torch.int64), like.new_empty(0, dtype=torch.float32))
+        )
         together = []
         for part in parts:
             padded = part.new_zeros((max(sizes), *part.shape[1:]))

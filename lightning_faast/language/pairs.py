@@ -78,3 +78,23 @@ class Pairs:
         if self.weights is not None:  # a state of padding may be NaN, and 0 times NaN is NaN
             return rows.where(self.weights.to(rows.device)[:, None] > 0, 0)
         return rows
+
+
+def windows(input_ids: Tensor, length: int) -> list[Tensor]:
+    """Consecutive windows [1, length] of one text; the last is shorter, and left out where it has no pair.
+
+    Args:
+        input_ids: [T] or [1, T].
+        length: Tokens of a window, at least 2.
+
+    Example:
+        >>> import torch
+        >>> from lightning_faast.language import windows
+        >>> [tuple(w.shape) for w in windows(torch.arange(11), 5)]
+        [(1, 5), (1, 5)]
+    """
+    if length < 2:
+        raise ValueError(f"length must be at least 2, got {length}.")
+    if input_ids.ndim > 2 or (input_ids.ndim == 2 and len(input_ids) != 1):
+        raise ValueError(f"input_ids must be one text, [T] or [1, T], got {tuple(input_ids.shape)}.")
+    return [w for w in input_ids.reshape(1, -1).split(length, dim=1) if w.shape[1] > 1]

@@ -43,7 +43,8 @@ class Tap(ABC):
 
         The output layer gets no rows then: reading costs no product with the vocabulary.
         """
-        self._read = read = []
+        read: list[Tensor] = []
+        self._read = read
         try:
             yield read
         finally:
@@ -52,7 +53,8 @@ class Tap(ABC):
     @contextmanager
     def watching(self) -> Iterator[list[Tensor]]:
         """While open, the keys of every forward pass are appended to the list; the model computes with the layer."""
-        self._watched = watched = []
+        watched: list[Tensor] = []
+        self._watched = watched
         try:
             yield watched
         finally:
@@ -88,7 +90,6 @@ class OutputTap(Tap):
         self._handles.append(self.output.register_forward_pre_hook(self._before_output))
         if self.key_layers:
             self._handles.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            self._handles.append(self.model.register_forward_hook(self._after_model, always_call=True))
             self._handles += [layer.register_forward_hook(self._after_layer) for layer in self.key_layers]
 
     def _before_model(self, _: nn.Module, __: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -96,9 +97,6 @@ class OutputTap(Tap):
             raise ValueError(
                 "With key_layers, logits_to_keep must be a number: which positions an index means is lost."
             )
-        self._states.clear()
-
-    def _after_model(self, *_: Any) -> None:
         self._states.clear()
 
     def _after_layer(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -117,6 +115,7 @@ class OutputTap(Tap):
             return hidden
         # the model may have kept only the last positions for its output layer
         states = [state[:, state.shape[1] - hidden.shape[1] :].to(hidden) for state in self._states]
+        self._states.clear()
         return torch.cat([*states, hidden], -1)
 
 
