@@ -196,6 +196,11 @@ class FaastCallback(Callback):
                     f"{', '.join(self._options)} given to FaastCallback, but head {name!r} is a {kind}, which has "
                     f"its own: set them there, {kind}({_written(self._options)})."
                 )
+            if head.reads_sequences and self.ignore_index is not None:
+                raise ValueError(
+                    f"ignore_index={self.ignore_index} given to FaastCallback, but head {name!r} is a {kind}, which "
+                    "reads whole sequences and leaves out labels of -100 by itself. Leave ignore_index out."
+                )
             self._learner = head
         else:
             assert isinstance(head, nn.Linear)
@@ -293,6 +298,9 @@ class FaastCallback(Callback):
         kept = self._counter.keep(positions)
         if kept is not None:  # the sampler repeated rows to give every process equally many
             keys, values, positions = keys[kept.to(keys.device)], values[kept.to(values.device)], positions[kept]
+        if self._learner.reads_sequences:
+            self._update(keys, values, None)
+            return
         inner = keys[0, ..., 0].numel() if keys.shape[0] else 1  # rows of the head in one example: 1, or T of [B, T, d]
         if inner > 1:
             positions = (positions[:, None] * inner + torch.arange(inner)).flatten()
@@ -306,9 +314,13 @@ class FaastCallback(Callback):
         if self.ignore_index is not None and values.shape[-1] == 1:
             counted = values[:, 0] != self.ignore_index
             keys, values, positions = keys[counted], values[counted], positions[counted.cpu()]
+        self._update(keys, values, positions)
+
+    def _update(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
+        assert self._learner is not None
         if len(keys):
             self._learner.update(keys, values, positions=positions)
-            self._rows += len(keys)
+            self._rows += keys[..., 0].numel()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -318,7 +330,8 @@ class FaastCallback(Callback):
             rows = self._rows * trainer.world_size
             rate = rows / max(time.perf_counter() - self._started, 1e-9)
             shown: Any = trainer.progress_bar_metrics  # declared as numbers; bars print text as it is
-            shown.update({"rows": f"{rows:,}", "rows/s": f"{rate:,.0f}"})
+            unit = "rows" if self._learner is None else self._learner.unit
+            shown.update({unit: f"{rows:,}", f"{unit}/s": f"{rate:,.0f}"})
         if trainer.is_last_batch:
             self._solve(trainer, pl_module)
 
@@ -377,7 +390,9 @@ class FaastCallback(Callback):
 
     def _report(self, trainer: Trainer) -> None:
         assert self._learner is not None
-        expected = self._counter.length if self.epochs == 1 else None
+        # of sequences it is known how many there are, and not how many rows they hold
+        counted = self.epochs == 1 and not self._learner.reads_sequences
+        expected = self._counter.length if counted else None
         rank_zero_info(reporting.closing_line(self._learner, self.metrics, expected, self._stopwatch.device))
         if self.solution is not None and self.solution.below_floor:
             rank_zero_warn(

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,33 @@ _EXPECTED_OF_A_CHECKPOINT = (r"Be aware that when using `ckpt_path`", r"The dirp
 warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
 
 
+def names_model(args: Sequence[str]) -> bool:
+    """Whether a command line says of which class the model is, by ``model.class_path`` in a file or as an option."""
+    if any(arg.startswith(("--model=", "--model.class_path")) or arg == "--model" for arg in args):
+        return True
+    try:
+        found = find_configs(args)
+    except FileNotFoundError:
+        return False  # said where the command line is parsed
+    configs = [arg for before, arg in zip(["", *found], found, strict=False) if before in ("--config", "-c")]
+    configs += [arg.removeprefix("--config=") for arg in found if arg.startswith("--config=")]
+    return any("class_path" in _model_of(config) for config in configs)
+
+
+def _model_of(config: str) -> Mapping[str, Any]:
+    """The part ``model`` of a configuration, a file or text; empty where there is none, or nothing that can be read."""
+    try:
+        text = Path(config).read_text(encoding="utf-8")
+    except OSError:
+        text = config
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}  # said where the command line is parsed
+    model = content.get("model") if isinstance(content, Mapping) else None
+    return model if isinstance(model, Mapping) else {}
+
+
 def run_directory(logger: Logger) -> str:
     """Return the folder of this run, in which ModelCheckpoint makes ``checkpoints/``."""
     if isinstance(logger, CSVLogger | TensorBoardLogger):
@@ -67,11 +95,13 @@ class SaveRunConfig(SaveConfigCallback):
 class FaastCLI(LightningCLI):
     """LightningCLI with a ``FaastModule``, any datamodule, and a method.
 
+    Where a configuration names another LightningModule as ``model.class_path``, that is the model.
+
     ``method`` is a callback or null, ``FaastCallback`` where nothing is said. ``fit`` appends it to the trainer's own
     callbacks; the other verbs do not need it. With null the module trains by backpropagation.
 
-    ``fit`` ends with an accuracy: that of the validation split, or of the test split where the data have none, or the
-    leave-one-out estimate where they have neither.
+    ``fit`` ends with an accuracy, or what the module says in ``headline``: that of the validation split, or of the test
+    split where the data have none, or the leave-one-out estimate where they have neither.
 
     Args:
         args: The command line, from the verb on; that of the process where nothing is given.
@@ -83,9 +113,11 @@ class FaastCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
+        other_model = names_model(sys.argv[1:] if args is None else list(args))
         super().__init__(
-            FaastModule,
+            LightningModule if other_model else FaastModule,
             LightningDataModule,
+            subclass_mode_model=other_model,
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -144,7 +176,7 @@ class FaastCLI(LightningCLI):
             kwargs["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), options.method]
         return super().instantiate_trainer(**kwargs)
 
-    def fit(self, model: FaastModule, **kwargs: Any) -> None:
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Run ``Trainer.fit``, without Lightning's warnings of what a fit in one pass does on purpose."""
         options = self.config_init[self.subcommand]
         with warnings.catch_warnings():
@@ -172,27 +204,27 @@ class FaastCLI(LightningCLI):
     before_validate = before_test = before_predict = _before_evaluation
 
     def after_fit(self) -> None:
-        """End with an accuracy: of the test split where nothing was validated, or leave-one-out without either."""
+        """End with the headline: of the test split where nothing was validated, or leave-one-out without either."""
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             self._say(f"checkpoint {checkpoint.best_model_path}")  # before the test, which may fail
         has_test = getattr(self.datamodule, "has_test", True)
-        if "val/accuracy" not in self.trainer.callback_metrics and has_test:
+        if f"val/{self._headline}" not in self.trainer.callback_metrics and has_test:
             self.trainer.test(self.model, datamodule=self.datamodule)
-        self._say_accuracy()
+        self._say_headline()
 
     def after_validate(self) -> None:
-        """Print the accuracy."""
-        self._say_accuracy()
+        """Print the headline."""
+        self._say_headline()
 
     def after_test(self) -> None:
-        """Print the accuracy."""
-        self._say_accuracy()
+        """Print the headline."""
+        self._say_headline()
 
-    def predict(self, model: FaastModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Write labels [N] and probabilities [N, c] to ``predictions.safetensors`` in the run's folder.
+    def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """Write labels [N] and probabilities [N, c], or what else the module predicts, to the run's folder.
 
-        The class names stand in the file's metadata, as a JSON list.
+        The file is ``predictions.safetensors``. The class names stand in the file's metadata, as a JSON list.
 
         Raises:
             RuntimeError: If several processes run, each of which would have a part of the rows.
@@ -207,11 +239,15 @@ class FaastCLI(LightningCLI):
         class_names = json.dumps(list(getattr(datamodule, "class_names", None) or []))
         directory = run_directory(self.trainer.logger) if self.trainer.logger else self.trainer.default_root_dir
         path = save_tensors(rows, os.path.join(directory, "predictions.safetensors"), {"class_names": class_names})
-        self._say(f"predictions of {len(rows['label'])} rows (label, probabilities) in {path}")
+        self._say(f"predictions of {len(rows['label'])} rows ({', '.join(rows)}) in {path}")
 
-    def _say_accuracy(self) -> None:
+    @property
+    def _headline(self) -> str:
+        return getattr(self.model, "headline", "accuracy")
+
+    def _say_headline(self) -> None:
         measured = self.trainer.callback_metrics
-        names: list[str] = [name for name in ("val/accuracy", "test/accuracy") if name in measured]
+        names: list[str] = [name for stage in ("val", "test") if (name := f"{stage}/{self._headline}") in measured]
         if not names and "faast/leave_one_out_accuracy" in measured:
             names.append("faast/leave_one_out_accuracy")
         for name in names:

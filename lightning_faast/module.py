@@ -1,19 +1,18 @@
 """A Lightning module of two parts: an encoder that yields features and a head that yields logits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_faast.associative import FastWeights
 from lightning_faast.training.adapters import Adapter, is_frozen
+from lightning_faast.training.module import TrainableModule
 from lightning_faast.training.schedules import WarmupCosine
 
 # Where the number of classes stands in a checkpoint: the head must be built before its weights can be loaded.
@@ -22,7 +21,7 @@ _NUM_CLASSES_KEY = "lightning_faast.num_classes"
 _CLASS_NAMES_KEY = "lightning_faast.class_names"
 
 
-class FaastModule(LightningModule):
+class FaastModule(TrainableModule):
     """Classify with ``head(encoder(x))``.
 
     With a :class:`~lightning_faast.callback.FaastCallback` in the trainer the head is solved in one pass over the
@@ -86,14 +85,13 @@ class FaastModule(LightningModule):
         class_embeddings: bool = False,
         adapter: Adapter | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, adapter)
         num_features = getattr(encoder, "num_features", None)
         if not isinstance(num_features, int):
             raise TypeError(
                 f"encoder {type(encoder).__name__} has num_features={num_features!r}; expected an int, the length of "
                 "the features it returns. Set encoder.num_features, or use lightning_faast.encoders.VisionEncoder."
             )
-        self.adapter = Adapter() if adapter is None else adapter
         self.encoder = self.adapter.adapt(encoder)
         self.num_features = num_features
         self.num_classes: int | None = None
@@ -101,9 +99,7 @@ class FaastModule(LightningModule):
         if class_embeddings:
             self._check_class_embeddings(head, num_classes)
         self._head_argument = (head,)  # in a tuple: a module given as the head is registered only once, as self.head
-        self._optimizer = optimizer
-        self._lr_scheduler = lr_scheduler
-        self._set_encoder_mode()
+        self.set_pretrained_mode()
         if num_classes is None and isinstance(head, nn.Module) and isinstance(getattr(head, "out_features", None), int):
             num_classes = int(head.out_features)  # type: ignore[arg-type]
         if num_classes is not None:
@@ -180,23 +176,14 @@ class FaastModule(LightningModule):
         self._build(int(num_classes), self._class_names())
 
     @property
+    def pretrained(self) -> nn.Module:
+        """The encoder."""
+        return self.encoder
+
+    @property
     def encoder_is_frozen(self) -> bool:
         """Whether no parameter of the encoder requires a gradient."""
         return is_frozen(self.encoder)
-
-    def _set_encoder_mode(self) -> None:
-        if self.encoder_is_frozen:
-            self.encoder.eval()
-            return
-        for part in self.encoder.modules():
-            if self.adapter.stays_in_eval_mode(part):
-                part.eval()
-
-    def train(self, mode: bool = True) -> "FaastModule":
-        """Set train or eval mode; frozen parts of the encoder stay in eval mode."""
-        super().train(mode)
-        self._set_encoder_mode()
-        return self
 
     def forward(self, x: Any) -> Tensor:
         """Logits [B, c] of a batch [B, ...]."""
@@ -213,11 +200,6 @@ class FaastModule(LightningModule):
         loss = F.cross_entropy(self(x).float(), label)
         self.log("train/loss", loss, batch_size=len(label))
         return loss
-
-    def on_after_backward(self) -> None:
-        """Have the adapter look at its first gradients."""
-        if self.global_step == 0:
-            self.adapter.check_gradients(self.encoder)
 
     def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
         """Add a batch (x [B, ...], labels [B]) to the ``val/…`` metrics."""
@@ -241,57 +223,18 @@ class FaastModule(LightningModule):
         x, label = batch
         return {"label": label, "probabilities": self(x).float().softmax(-1)}
 
-    def configure_optimizers(self) -> Any:
-        """Optimize the parameters that require a gradient; nothing in a fit of no epochs.
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of the head."""
+        return [parameter for parameter in self.head.parameters() if parameter.requires_grad]
 
-        Raises:
-            RuntimeError: If there are none, as with a frozen encoder and a head that is solved.
-        """
-        if self.trainer.max_epochs == 0:
-            return None
-        head = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        groups = [*self.adapter.parameter_groups(self.encoder), {"params": head}]
-        groups = [group for group in groups if group["params"]]
-        if not groups:
-            raise RuntimeError(
-                f"nothing to optimize: no parameter of the encoder {type(self.encoder).__name__} or the head "
-                f"{type(self.head).__name__} requires a gradient. Add FaastCallback() to the trainer's callbacks to "
-                "solve the head in one pass (on the command line: no --method=null), or train a linear probe with "
-                "head=torch.nn.Linear (--model.head=torch.nn.Linear)."
-            )
-        optimizer = self.make_optimizer(groups)
-        # asked for where it is needed only: it opens the data
-        steps = self.trainer.estimated_stepping_batches if self.schedule_interval == "step" else 0
-        scheduler = self.make_scheduler(optimizer, steps)
-        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def make_optimizer(self, groups: Iterable[dict[str, Any]]) -> Optimizer:
-        """Make the optimizer of parameter groups; the ``lr_scale`` of a group multiplies its learning rate."""
-        optimizer = self._optimizer(groups)
-        for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_scale", 1.0)
-        return optimizer
-
-    @property
-    def schedule_interval(self) -> str:
-        """When the scheduler is stepped: once an ``"epoch"``, or after every ``"step"``."""
-        return getattr(self._lr_scheduler, "interval", "epoch")
-
-    def make_scheduler(self, optimizer: Optimizer, total_steps: float) -> dict[str, Any] | None:
-        """Make the learning rate's scheduler, as Lightning takes it; None where there is none.
-
-        Args:
-            optimizer: What it schedules.
-            total_steps: Steps of the whole of training, for a scheduler that is stepped after each.
-        """
-        schedule: Any = self._lr_scheduler
-        if schedule is None:
-            return None
-        if self.schedule_interval == "step":
-            return {"scheduler": schedule(optimizer, total_steps), "interval": "step"}
-        scheduler = schedule(optimizer)
-        monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-        return {"scheduler": scheduler, "interval": "epoch", **monitor}
+    def nothing_to_optimize(self) -> str:
+        """As with a frozen encoder and a head that is solved."""
+        return (
+            f"no parameter of the encoder {type(self.encoder).__name__} or the head "
+            f"{type(self.head).__name__} requires a gradient. Add FaastCallback() to the trainer's callbacks to "
+            "solve the head in one pass (on the command line: no --method=null), or train a linear probe with "
+            "head=torch.nn.Linear (--model.head=torch.nn.Linear)."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the number of classes, from which a new module builds its head, and their names."""

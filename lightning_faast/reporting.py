@@ -77,7 +77,7 @@ def closing_line(learner: Learner, figures: dict[str, float], expected_rows: int
     f = {name.removeprefix("faast/"): value for name, value in figures.items()}
     of = "" if expected_rows is None else f" of {expected_rows:,}"
     parts = [
-        f"{int(f['rows']):,}{of} rows, d {int(f['key_width'])}, c {int(f['outputs'])}",
+        f"{int(f['rows']):,}{of} {learner.unit}, d {int(f['key_width'])}, c {int(f['outputs'])}",
         learner.summary(),
         f"{f['seconds_encode']:.1f} s encoder, {f['seconds_statistics']:.2f} s statistics, "
         f"{f['seconds_solve']:.2f} s solve",

@@ -20,7 +20,13 @@ class Learner(nn.Module, ABC):
     Attributes:
         in_features: Width d of the keys; None until known.
         out_features: Number of logits c; None until known.
+        unit: What a row is, for the progress bar and the closing line.
+        reads_sequences: Whether :meth:`update` wants keys [B, T, d] and labels [B, T] as they come, since what is
+            learnt of a row depends on its neighbours; rows [N, d] otherwise.
     """
+
+    unit = "rows"
+    reads_sequences = False
 
     in_features: int | None
     out_features: int | None

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_faast.associative.files import atomic_path
+from lightning_faast.cache import cache_directory
 from lightning_faast.evaluation.measure import PeakMemory
 
 _FORMAT = "lightning_faast.keys.v1"
 _BLOCK = 4096  # rows read at a time
-#: Environment variable that says where keys are kept.
-CACHE_VARIABLE = "LIGHTNING_FAAST_CACHE"
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,7 @@ class KeyStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        if directory is None:
-            root = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lightning_faast"
-            directory = Path(root) / "keys"
-        self.directory = Path(directory)
+        self.directory = cache_directory("keys") if directory is None else Path(directory)
 
     def path(self, description: Mapping[str, Any]) -> Path:
         """The file of these keys, whether it is there or not."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_faast.associative import Learner
 from lightning_faast.associative.files import save_tensors
 from lightning_faast.language import architecture
 from lightning_faast.language.adaptations import build, named
+from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.pairs import IGNORED, pair_labels
 from lightning_faast.language.taps import Tap
 
@@ -40,11 +42,12 @@ class FastWeightLM(nn.Module):
         model: ``AutoModelForCausalLM``; Llama, SmolLM, Qwen2, Qwen3, GPT-2, GPT-NeoX, Gemma, Mistral and OPT are known,
             others say what is missing. Compiled models are compiled again where an adaptation comes or goes.
         layer: ``"output"`` or ``"middle"``.
-        mode: Of the output layer: ``"residual"`` (ours, exact), ``"embedding"`` (the paper's values, exact) or
-            ``"chunked"`` (the paper's). The middle layer is the paper's.
+        mode: Of the output layer: ``"residual"`` (ours, exact), ``"embedding"`` (the paper's values, exact),
+            ``"chunked"`` (the paper's) or ``"knn_lm"`` (nearest neighbors). The middle layer is the paper's.
         layers: Path of the decoder layers, for a family that is not known.
         **options: Of the layer: :class:`ResidualFastWeights`, :class:`EmbeddingFastWeights`,
-            :class:`ChunkedFastWeights` or :class:`MiddleFastWeights`. ``key_layers=[...]`` adds the outputs of decoder
+            :class:`ChunkedFastWeights`, :class:`KNNLM` or :class:`MiddleFastWeights`. ``over`` of ``knn_lm`` is the
+            mode, or the options, of an output layer beneath it. ``key_layers=[...]`` adds the outputs of decoder
             layers to the keys of ``residual``; ``at`` is the decoder layer of ``middle``.
 
     Attributes:
@@ -167,7 +170,6 @@ class FastWeightLM(nn.Module):
                 states. Model and sums are then as they were (on devices other than the CPU, tokens, masks and states
                 are looked at later: by the next solve).
         """
-        learner = self.learner
         self._check_tokens(input_ids, "input_ids")
         labels = pair_labels(input_ids, attention_mask, labels)
         if labels.device.type == "cpu" and not bool((labels != IGNORED).any()):
@@ -175,9 +177,37 @@ class FastWeightLM(nn.Module):
                 "There is nothing to learn: no token that counts has one before it. Check attention_mask and labels "
                 f"(-100 is left out) of input_ids {tuple(input_ids.shape)}."
             )
-        learner.update(self._keys(input_ids, attention_mask), labels)
+        return self.learn_keys(self.keys(input_ids, attention_mask), labels)
+
+    def learn_keys(self, keys: Tensor, labels: Tensor) -> FastWeightLM:
+        """Take in hidden states that :meth:`watching` gave [B, T, k], with labels [B, T] as in :meth:`learn`."""
+        self.learner.update(keys, labels)
         self._stale.add(str(self.active))
         return self
+
+    def watching(self) -> AbstractContextManager[list[Tensor]]:
+        """While open, the keys [B, T, k] of every call are appended to the list: what is predicted need not be read
+        again to be learned.
+        """  # noqa: D205
+        self._ready()
+        return self._taps[str(self.active)].watching()
+
+    @contextmanager
+    def temporarily(self) -> Iterator[FastWeightLM]:
+        """While open the adaptation in use may learn; afterwards it is as it was, bit for bit, also after an error."""
+        learner, name = self.learner, str(self.active)
+        stale = name in self._stale
+        learned = {key: t.clone() for key, t in learner.learned_state().items()}
+        solved = {key: t.clone() for key, t in learner.state_dict().items()}
+        solution = learner.solution
+        try:
+            yield self
+        finally:
+            learner.reset()
+            learner.load_learned_state(learned)
+            learner.load_state_dict(solved)
+            learner.solution = solution
+            (self._stale.add if stale else self._stale.discard)(name)
 
     def _check_tokens(self, input_ids: Tensor, name: str) -> None:
         if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -200,7 +230,7 @@ class FastWeightLM(nn.Module):
                 )
 
     @torch.no_grad()
-    def _keys(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def keys(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, k] of the layer in use, of the model as it is without fast weights."""
         device = architecture.input_device(self._eager)
         inputs = {"input_ids": input_ids.to(device), "use_cache": False}
@@ -243,7 +273,7 @@ class FastWeightLM(nn.Module):
 
     def _combine(self, other: str | FastWeightLM, combine: Callable[[Any, Any], None]) -> FastWeightLM:
         if isinstance(other, FastWeightLM):
-            _refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
+            refuse_other_model(_fingerprint(self._eager), _fingerprint(other._eager))
             theirs = other.learner
         elif other in self.adaptations:
             theirs = self.adaptations[other]
@@ -318,7 +348,7 @@ class FastWeightLM(nn.Module):
             ValueError: For a damaged file, one of another model, or one of another kind of layer.
         """
         tensors, config = _read(path)
-        _refuse_other_model(_fingerprint(self._eager), tensors["model"])
+        refuse_other_model(_fingerprint(self._eager), tensors["model"])
         mine, theirs = self._options[str(self.active)], config["options"]
         kinds = [(o["layer"], o["mode"]) for o in (mine, theirs)]
         if kinds[0] != kinds[1]:
@@ -329,8 +359,7 @@ class FastWeightLM(nn.Module):
             if part in parts:
                 parts[part][rest] = t
         learner = self.learner
-        shapes = {name: tuple(t.shape) for name, t in learner.state_dict().items()}
-        given = {name: tuple(t.shape) for name, t in parts["solved"].items()}
+        shapes, given = (_shapes(state, learner) for state in (learner.state_dict(), parts["solved"]))
         if shapes != given:
             raise ValueError(f"{path} was written with other options: {theirs}, and this adaptation has {mine}.")
         learner.reset()
@@ -391,13 +420,17 @@ class FastWeightLM(nn.Module):
         return self.learner.summary()
 
 
+def _shapes(state: dict[str, Tensor], learner: HiddenLearner) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape[name in learner.row_tensors :]) for name, t in state.items()}
+
+
 def _fingerprint(model: nn.Module) -> Tensor:
     """The first element of every floating-point parameter, [p] float32: enough to tell one model from another."""
     first = [p.detach().flatten()[:1] for p in model.parameters() if p.is_floating_point() and p.numel()]
     return torch.cat([p.to(device="cpu", dtype=torch.float32) for p in first])
 
 
-def _refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())

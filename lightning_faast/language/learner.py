@@ -23,6 +23,11 @@ class HiddenLearner(Learner):
         output: The model's output layer.
     """
 
+    unit = "tokens"
+    reads_sequences = True
+    #: Entries of the state_dict that have a row for every token, and so any length.
+    row_tensors: frozenset[str] = frozenset()
+
     def __init__(self, output: OutputLayer) -> None:
         super().__init__()
         self.output = output
