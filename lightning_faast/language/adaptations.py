@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from lightning_faast.language.architecture import decoder_layers, hidden_width, layer_at
 from lightning_faast.language.chunked import ChunkedFastWeights
@@ -72,7 +74,7 @@ def _output(
     if mode != "residual":
         _check_options(kind, options)
         learner = kind(output, model.get_input_embeddings(), **options)
-        return learner, OutputTap(learner, output.module)
+        return learner, _tap(learner, output)
     key_layers = []
     if options.get("key_layers"):
         layers = decoder_layers(model, layers_path)
@@ -81,7 +83,14 @@ def _output(
     options.pop("key_layers", None)
     _check_options(kind, options)
     learner = kind(output, key_widths=[hidden_width(model)] * len(key_layers), **options)
-    return learner, OutputTap(learner, output.module, key_layers, model)
+    return learner, _tap(learner, output, key_layers, model)
+
+
+def _tap(
+    learner: HiddenLearner, output: OutputLayer, key_layers: Sequence[nn.Module] = (), model: Any = None
+) -> OutputTap:
+    kind = LogitsTap if learner.changes_logits else OutputTap
+    return kind(learner, output.module, key_layers, model)
 
 
 def _neighbors(
@@ -91,7 +100,7 @@ def _neighbors(
     _check_options(KNNLM, options)
     if over is None:
         learner = KNNLM(output, **options)
-        return learner, LogitsTap(learner, output.module)
+        return learner, _tap(learner, output)
     beneath = {"mode": over} if isinstance(over, str) else dict(over)
     mode = beneath.pop("mode", _DEFAULT_MODE["output"])
     if mode == "knn_lm":
@@ -99,7 +108,7 @@ def _neighbors(
     base, tap = _output(model, output, layers_path, mode, beneath)
     assert isinstance(tap, OutputTap)
     learner = KNNLM(output, base, **options)
-    return learner, LogitsTap(learner, output.module, tap.key_layers, model)
+    return learner, _tap(learner, output, tap.key_layers, model)
 
 
 def _middle(

@@ -140,9 +140,12 @@ class FastWeightLM(nn.Module):
         Raises:
             RuntimeError: Where none is.
         """
+        self._refuse_unused()
+        return self.adaptations[str(self.active)]
+
+    def _refuse_unused(self) -> None:
         if self.active is None:
             raise RuntimeError("No adaptation is in use: call use(name) first.")
-        return self.adaptations[self.active]
 
     def _compile_again(self) -> None:
         """Compiled code does not see hooks that come or go."""
@@ -170,6 +173,7 @@ class FastWeightLM(nn.Module):
                 states. Model and sums are then as they were (on devices other than the CPU, tokens, masks and states
                 are looked at later: by the next solve).
         """
+        self._refuse_unused()
         self._check_tokens(input_ids, "input_ids")
         labels = pair_labels(input_ids, attention_mask, labels)
         if labels.device.type == "cpu" and not bool((labels != IGNORED).any()):
@@ -431,6 +435,7 @@ def _fingerprint(model: nn.Module) -> Tensor:
 
 
 def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+    """Raise ValueError where two fingerprints are of different models."""
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())

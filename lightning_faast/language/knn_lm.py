@@ -63,7 +63,7 @@ class KNNLM(HiddenLearner):
     whatever device the model is on, and searched there.
 
     :meth:`forward` gives hidden states, as any layer before the output layer; what neighbors say is added to the logits
-    by :meth:`mixed`.
+    by :meth:`adjusted`.
 
     Args:
         output: The model's output layer.
@@ -295,7 +295,8 @@ class KNNLM(HiddenLearner):
     ) -> tuple[tuple[float, float], float, float]:
         """Interpolation and temperature of lowest loss on held-out rows, the loss without neighbors, and with."""
         tokens = tokens.cpu()
-        log_model = -self.output.loss(self(keys), tokens).to("cpu", torch.float64)[:, None]
+        losses = self.output.loss(self(keys), tokens, token_bias=self._beneath)
+        log_model = -losses.to("cpu", torch.float64)[:, None]
         distances, found = nearest(self._final(keys), [store], self.k)
         distances, agrees = distances.to(torch.float64), found == tokens[:, None]
         temperatures = self.temperatures
@@ -315,12 +316,21 @@ class KNNLM(HiddenLearner):
 
     # ------------------------------------------------------------------ predicting
 
+    @property
+    def changes_logits(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def _beneath(self) -> Tensor | None:
+        return None if self.base is None else self.base.token_bias
+
     def forward(self, keys: Tensor) -> Tensor:
         """Hidden states [..., d] of keys [..., k], from the layer beneath where there is one; the vote is no part."""
         self._check_width(keys)
         return keys if self.base is None else self.base(keys)
 
-    def mixed(self, logits: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
+    def adjusted(self, logits: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
         """Logits whose softmax is the mixture, of the logits of hidden states.
 
         Softmax does not see a constant, so the logits of all but the neighbors' tokens stay what they are.
@@ -330,6 +340,8 @@ class KNNLM(HiddenLearner):
             keys: [..., k].
             scale: By which logits are multiplied afterwards.
         """
+        if self.base is not None:
+            logits = self.base.adjusted(logits, keys, scale)
         if self.interpolation == 0 or not logits.numel():
             return logits
         tokens, votes = self._votes(keys)
@@ -358,7 +370,7 @@ class KNNLM(HiddenLearner):
     @torch.no_grad()
     def loss(self, keys: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood [N] in nats of targets [N] after keys [N, k]; never holds [N, V]."""
-        lm = -self.output.loss(self(keys), targets)
+        lm = -self.output.loss(self(keys), targets, token_bias=self._beneath)
         if self.interpolation == 0:
             return -lm
         tokens, votes = self._votes(keys)
@@ -370,12 +382,12 @@ class KNNLM(HiddenLearner):
     @torch.no_grad()
     def predict(self, keys: Tensor) -> Tensor:
         """The most likely next tokens [...] of keys [..., k]."""
-        return self.mixed(self.output.logits(self(keys)), keys).argmax(-1)
+        return self.adjusted(self.output.logits(self(keys)), keys).argmax(-1)
 
     @torch.no_grad()
     def predict_proba(self, keys: Tensor) -> Tensor:
         """Probabilities [..., V] of the next token, of keys [..., k]."""
-        return self.mixed(self.output.logits(self(keys)), keys).softmax(-1)
+        return self.adjusted(self.output.logits(self(keys)), keys).softmax(-1)
 
     # ------------------------------------------------------------------ state
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_faast.language.knn_lm import KNNLM
 from lightning_faast.language.learner import HiddenLearner
 
 
@@ -120,9 +119,9 @@ class OutputTap(Tap):
 
 
 class LogitsTap(OutputTap):
-    """As :class:`OutputTap`; the layer also changes what the output layer gives, by :meth:`KNNLM.mixed`."""
+    """As :class:`OutputTap`; the layer also changes what the output layer gives, by :meth:`HiddenLearner.adjusted`."""
 
-    learner: KNNLM
+    learner: HiddenLearner
     _now: Tensor
 
     def attach(self) -> None:
@@ -139,7 +138,7 @@ class LogitsTap(OutputTap):
             return None
         keys = self._now
         del self._now
-        return self.learner.mixed(logits, keys, self.learner.output.scale)
+        return self.learner.adjusted(logits, keys, self.learner.output.scale)
 
 
 class MiddleTap(Tap):

@@ -79,7 +79,7 @@ def test_scaled_logits_and_half_precision_stores() -> None:
     layer = KNNLM(output, **FIXED).fit(keys, tokens)
     half = KNNLM(output, **FIXED, dtype="float16").fit(keys, tokens)
     raw = output.module(queries).detach()
-    mixed = (0.25 * layer.mixed(raw.clone(), queries, scale=0.25)).softmax(-1)
+    mixed = (0.25 * layer.adjusted(raw.clone(), queries, scale=0.25)).softmax(-1)
     torch.testing.assert_close(mixed, layer.predict_proba(queries))
     torch.testing.assert_close(half.predict_proba(queries), layer.predict_proba(queries), rtol=0.02, atol=1e-3)
     assert layer.bytes_to_predict == 40 * (16 * 4 + 8)
@@ -93,7 +93,7 @@ def test_gradients_pass_through_the_mixture() -> None:
     layer = KNNLM(output, **FIXED).fit(torch.randn(40, 16), torch.randint(50, (40,)))
     logits = torch.randn(3, 50, dtype=torch.float64, requires_grad=True)
     queries = torch.randn(3, 16)
-    assert torch.autograd.gradcheck(lambda z: layer.mixed(z, queries), [logits])
+    assert torch.autograd.gradcheck(lambda z: layer.adjusted(z, queries), [logits])
 
 
 def test_choice_is_the_best_on_held_out_tokens() -> None:
@@ -150,13 +150,13 @@ def test_generation_saving_and_leaving(tmp_path: Path) -> None:
     lm.use("default")
     for learning in (True, False):
         path = lm.save(tmp_path / "knn.safetensors", learning=learning)
+    path, tokens = lm.save(tmp_path / "whole.safetensors"), lm.tokens
     assert torch.equal(lm.detach()(ids[:1]).logits, before)
-    path = lm.save(tmp_path / "whole.safetensors")
     with FastWeightLM.from_file(model, path) as again, torch.no_grad():
         assert torch.equal(again(ids[:2]).logits, logits)
-        assert again.tokens == lm.tokens
+        assert again.tokens == tokens
         again.learn(text(2))
-        assert again.tokens == lm.tokens + 2 * 23
+        assert again.tokens == tokens + 2 * 23
     with FastWeightLM.from_file(model, tmp_path / "knn.safetensors") as again, torch.no_grad():
         assert torch.equal(again(ids[:2]).logits, logits)
     with pytest.raises(ValueError, match="knn_lm"):
@@ -180,7 +180,7 @@ def test_over_fast_weights(tmp_path: Path) -> None:
     hidden = keys[0][..., -16:]
     store = [torch.cat(parts) for parts in zip(*lm.learner._parts, strict=True)]
     with torch.no_grad():
-        beneath = lm.learner.output.logits(base(keys[0]))
+        beneath = lm.learner.output.logits(base(keys[0]), base.token_bias)
     expected = by_hand(
         *store,
         hidden.flatten(0, 1),
@@ -194,7 +194,7 @@ def test_over_fast_weights(tmp_path: Path) -> None:
     lm.detach()
     with FastWeightLM.from_file(model, path) as again, torch.no_grad():
         assert torch.equal(again(ids[:3]).logits, logits)
-        assert "over residual" in lm.summary()
+        assert "over residual" in again.summary()
 
 
 def test_split_and_merge_store_the_same() -> None:
