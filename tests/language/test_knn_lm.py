@@ -190,11 +190,12 @@ def test_over_fast_weights(tmp_path: Path) -> None:
         lm.learner.interpolation,
     )
     np.testing.assert_allclose(logits.softmax(-1).flatten(0, 1).numpy(), expected, rtol=1e-3, atol=1e-6)
-    path = lm.save(tmp_path / "both.safetensors")
+    path, tokens = lm.save(tmp_path / "both.safetensors"), lm.tokens
+    assert "over residual" in lm.summary()
     lm.detach()
     with FastWeightLM.from_file(model, path) as again, torch.no_grad():
         assert torch.equal(again(ids[:3]).logits, logits)
-        assert "over residual" in again.summary()
+        assert again.tokens == tokens
 
 
 def test_split_and_merge_store_the_same() -> None:
