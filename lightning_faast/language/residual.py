@@ -59,8 +59,8 @@ class ResidualFastWeights(HiddenLearner):
 
     of its count and of the count that the model expected, and the sums are centred, so that A is about what differs
     between places; :math:`a = -A \bar k`. The sums know no order, add and subtract. s, f and g are chosen by the loss
-    on held-out tokens (:class:`~lightning_faast.language.held_out.HeldOut`), which stay out of the sums until then and are
-    counted in the solution.
+    on held-out tokens (:class:`~lightning_faast.language.held_out.HeldOut`), which stay out of the sums until then and
+    are counted in the solution.
 
     Args:
         output: The model's output layer.
@@ -105,7 +105,7 @@ class ResidualFastWeights(HiddenLearner):
         normalize: bool = False,
         step: float | Sequence[float] = (1.0, 0.5, 0.25),
         key_ridge: float | Sequence[float] = (1e-2, 3e-3, 1e-3, 3e-2),
-        value_ridge: float | Sequence[float] = (0.3, 0.1),
+        value_ridge: float | Sequence[float] = (0.3, 0.1, 1.0),
         token_bias: bool = True,
         smoothing: float = 3.0,
         passes: int = 1,
