@@ -218,7 +218,7 @@ class KNNLM(HiddenLearner):
         if (self.base is None) != (other.base is None):
             raise ValueError("One of these layers has a layer beneath, and the other has none.")
         if self.base is not None:
-            self.base.merge(other.base)  # type: ignore[union-attr, operator]
+            self.base.merge(other.base)  # type: ignore[operator]
         if len(other._bank):
             self._bank.update(*other._bank.joined())
         if other._held.size:

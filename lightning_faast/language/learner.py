@@ -23,6 +23,7 @@ class HiddenLearner(Learner):
         output: The model's output layer.
     """
 
+    in_features: int
     unit = "tokens"
     reads_sequences = True
     #: Entries of the state_dict that have a row for every token, and so any length.

@@ -190,8 +190,7 @@ class ResidualFastWeights(HiddenLearner):
             learn = rows, targets.clamp(0, self.output.vocabulary - 1), row_weights
             hold = None
             if held is not None and bool(held.any()):
-                hold = tuple(part[held.nonzero()[:, 0].to(rows.device)] for part in learn)
-                learn = tuple(part[(~held).nonzero()[:, 0].to(rows.device)] for part in learn)
+                hold, learn = (_taken(learn, mask) for mask in (held, ~held))
             self._add(self._sums, *learn)
             if self._store is not None:
                 self._store.add(*learn)
@@ -324,7 +323,7 @@ class ResidualFastWeights(HiddenLearner):
                 curvature, base = self._curvature(sums), point
                 chosen, loss = candidates.best(lambda c: self._loss(held, base + curvature.step(c)))  # noqa: B023
                 choice_seconds += time.perf_counter() - choosing
-                if not loss < after:
+                if after is None or not loss < after:
                     break
                 after = loss
             steps.append(chosen)
@@ -352,7 +351,7 @@ class ResidualFastWeights(HiddenLearner):
 
     def _further(self, candidates: Candidates, chosen: Candidate) -> Candidates:
         """What the next pass chooses from."""
-        ridges = (chosen.key_ridge,)
+        ridges: tuple[float, ...] = (chosen.key_ridge,)
         if len(candidates.key_ridge) > 1:
             ridges = tuple(chosen.key_ridge * growth for growth in _GROWTH)
         return replace(candidates, key_ridge=ridges, value_ridge=(chosen.value_ridge,))
@@ -444,7 +443,11 @@ class ResidualFastWeights(HiddenLearner):
     def figures(self) -> dict[str, float]:
         """Figures of the last solve by the names under which they are logged; perplexities are of held-out tokens."""
         solution = self._last_solution()
-        found = {"tokens": self.rows, "held_out_tokens": self._held.size, "passes": len(solution.steps)}
+        found: dict[str, float] = {
+            "tokens": self.rows,
+            "held_out_tokens": self._held.size,
+            "passes": len(solution.steps),
+        }
         if self._store is not None:
             found["stored_tokens"] = self._store.tokens
         if solution.steps:
@@ -522,6 +525,12 @@ class Curvature:
         scaled = self.mixed / (left[:, None] * right)
         weight = candidate.step * (self.gradient_basis @ scaled @ self.key_basis.T)
         return Point(weight, -weight @ self.mean, self.bias)
+
+
+def _taken(rows: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys, targets, weights = rows
+    places = mask.nonzero()[:, 0].to(keys.device)
+    return keys[places], targets[places], weights[places]
 
 
 def _damped(values: Tensor, ridge: float) -> Tensor:

@@ -26,6 +26,7 @@ class ResidualSums:
     """
 
     def __init__(self, width: int, vocabulary: int) -> None:
+        self.width = width
         self.statistics = SufficientStatistics(1, width)
         self.observed = torch.zeros(vocabulary, dtype=torch.float64)
         self.expected = torch.zeros(vocabulary, dtype=torch.float64)
@@ -66,7 +67,7 @@ class ResidualSums:
         return self._combined(other, -1)
 
     def _combined(self, other: ResidualSums, sign: int) -> ResidualSums:
-        result = ResidualSums(self.statistics.num_features, 0)
+        result = ResidualSums(self.width, 0)
         theirs = other.statistics
         result.statistics = self.statistics + theirs if sign > 0 else self.statistics - theirs
         for name in ("observed", "expected"):
@@ -79,7 +80,7 @@ class ResidualSums:
         self, add: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]], device: torch.device
     ) -> ResidualSums:
         """The sums of all processes."""
-        result = ResidualSums(self.statistics.num_features, 0)
+        result = ResidualSums(self.width, 0)
         result.statistics, _ = reduced(self.statistics, Reservoir(0, 0), add, gather, device)
         result.observed, result.expected = (add(t.to(device)) for t in (self.observed, self.expected))
         return result
