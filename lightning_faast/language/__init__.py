@@ -1,6 +1,7 @@
 """Fast weights inside a causal language model: text is learned in one forward pass."""
 
 from lightning_faast.language.chunked import ChunkedFastWeights
+from lightning_faast.language.dynamic_evaluation import dynamic_evaluation, learn_while_reading
 from lightning_faast.language.embedding import EmbeddingFastWeights
 from lightning_faast.language.fast_weight_lm import FastWeightLM
 from lightning_faast.language.knn_lm import KNNLM
@@ -8,6 +9,7 @@ from lightning_faast.language.middle import MiddleFastWeights, slow_weights
 from lightning_faast.language.module import LanguageModule
 from lightning_faast.language.output import OutputLayer
 from lightning_faast.language.pairs import windows
+from lightning_faast.language.perplexity import evaluate, labelled_windows, perplexity
 from lightning_faast.language.residual import ResidualFastWeights
 
 __all__ = [
@@ -19,6 +21,11 @@ __all__ = [
     "MiddleFastWeights",
     "OutputLayer",
     "ResidualFastWeights",
+    "dynamic_evaluation",
+    "evaluate",
+    "labelled_windows",
+    "learn_while_reading",
+    "perplexity",
     "slow_weights",
     "windows",
 ]
