@@ -79,9 +79,7 @@ def dynamic_evaluation(
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, got {epsilon}.")
     if isinstance(model, FastWeightLM):
-        raise ValueError(
-            "Fast weights take no gradient step: use learn_while_reading(lm, windows), or give lm.detach()."
-        )
+        raise ValueError("Fast weights take no gradient step: use learn_while_reading(lm, windows).")
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights:
         raise ValueError(
@@ -180,7 +178,8 @@ def learn_while_reading(lm: FastWeightLM, windows: Iterable[Batch], every: int =
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from lightning_faast.language import FastWeightLM, evaluate, labelled_windows, perplexity, learn_while_reading
+        >>> from lightning_faast.language import FastWeightLM, evaluate, labelled_windows
+        >>> from lightning_faast.language import learn_while_reading, perplexity
         >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
         >>> lm = FastWeightLM(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)))
         >>> windows = labelled_windows(torch.arange(40).repeat(8), window=32, stride=16)
@@ -189,10 +188,10 @@ def learn_while_reading(lm: FastWeightLM, windows: Iterable[Batch], every: int =
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}.")
-    return _test_time(lm, windows, every)
+    return _learn_while_reading(lm, windows, every)
 
 
-def _test_time(lm: FastWeightLM, windows: Iterable[Batch], every: int) -> Iterator[TokenScores]:
+def _learn_while_reading(lm: FastWeightLM, windows: Iterable[Batch], every: int) -> Iterator[TokenScores]:
     waiting: list[tuple[Tensor, Tensor]] = []
     with lm.temporarily():
         for batch in windows:
