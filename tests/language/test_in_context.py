@@ -64,9 +64,8 @@ def test_examples_that_do_not_fit_are_reported() -> None:
     assert figures["demonstrations_given"] == 15
     assert 0 < figures["demonstrations"] < 15
     longest = max(len(ids) for ids in classifier.label_words.label_ids)
-    example = max(
-        len(known(TEMPLATE.format(text=t, label=WORDS[y]) + " .")["input_ids"]) for t, y in zip(TEXTS, LABELS)
-    )
+    rendered = [TEMPLATE.format(text=t, label=WORDS[y]) + " ." for t, y in zip(TEXTS, LABELS, strict=True)]
+    example = max(map(len, known(rendered)["input_ids"]))
     assert figures["prefix_tokens"] <= 64 - example - longest
     assert figures["prefix_tokens"] + example > 64 - example - longest
     per_token = 3 * 2 * 4 * 8 * 4  # layers, keys and values, heads, width of one, bytes
