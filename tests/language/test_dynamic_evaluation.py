@@ -78,9 +78,9 @@ def test_steps_are_those_of_the_formulas() -> None:
     squares = [sum(g**2 for g in both) / 2 for both in zip(*map(gradients, windows[:2]), strict=True)]
     rms = [s.sqrt() for s in squares]
     mean = torch.cat([r.flatten() for r in rms]).mean()
-    for rule in ("sgd", "rms"):
+    for rule, rate in (("sgd", 0.1), ("rms", 0.003)):
         dynamic = dynamic_evaluation(
-            model, windows, learning_rate=0.1, rule=rule, decay=0.3, statistics=windows[:2] if rule == "rms" else None
+            model, windows, learning_rate=rate, rule=rule, decay=0.3, statistics=windows[:2] if rule == "rms" else None
         )
         found = [part.log_likelihood for part in dynamic]
         for number, batch in enumerate(windows):
@@ -90,9 +90,9 @@ def test_steps_are_those_of_the_formulas() -> None:
             with torch.no_grad():
                 for p, g, first, r in zip(model.parameters(), steps, start, rms, strict=True):
                     if rule == "sgd":
-                        p += 0.3 * (first - p) - 0.1 * g
+                        p += 0.3 * (first - p) - rate * g
                     else:
-                        p += (0.3 * r / mean).clamp_max(1) * (first - p) - 0.1 * g / (r + 0.1 * mean)
+                        p += (0.3 * r / mean).clamp_max(1) * (first - p) - rate * g / (r + 0.1 * mean)
         with torch.no_grad():
             for p, first in zip(model.parameters(), start, strict=True):
                 p.copy_(first)
