@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -189,12 +189,13 @@ class FastWeightLM(nn.Module):
         self._stale.add(str(self.active))
         return self
 
-    def watching(self) -> AbstractContextManager[list[Tensor]]:
-        """While open, the keys [B, T, k] of every call are appended to the list: what is predicted need not be read
-        again to be learned.
-        """  # noqa: D205
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """While open, the keys [B, T, k] of every call are appended to the list: what was predicted can be learned."""
         self._ready()
-        return self._taps[str(self.active)].watching()
+        _ = self.learner  # says so where none is in use
+        with self._taps[str(self.active)].watching() as watched:
+            yield watched
 
     @contextmanager
     def temporarily(self) -> Iterator[FastWeightLM]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_faast.associative.faults import FaultLog
 from lightning_faast.language.candidates import Candidate, Candidates, as_values
-from lightning_faast.language.held_out import HeldOut
+from lightning_faast.language.latest import LatestTokens, Rows
 from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.output import BLOCK_ELEMENTS, OutputLayer
 from lightning_faast.language.sums import ResidualSums
@@ -21,6 +21,8 @@ from lightning_faast.language.token_store import TokenStore
 
 #: Key ridges of a further pass, in terms of the last: the closer to the data, the more they must hold back.
 _GROWTH = (1.0, 10.0, 100.0)
+#: One token in so many may be held out.
+_SHARE = 5
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class ResidualFastWeights(HiddenLearner):
 
     of its count and of the count that the model expected, and the sums are centred, so that A is about what differs
     between places; :math:`a = -A \bar k`. The sums know no order, add and subtract. s, f and g are chosen by the loss
-    on held-out tokens (:class:`~lightning_faast.language.held_out.HeldOut`), which stay out of the sums until then and
-    are counted in the solution.
+    on the latest tokens (:class:`~lightning_faast.language.latest.LatestTokens`), a fifth of all at most, which stay
+    out of the sums until newer ones come and are counted in the solution.
 
     Args:
         output: The model's output layer.
@@ -72,7 +74,7 @@ class ResidualFastWeights(HiddenLearner):
         token_bias: Whether tokens get a bias.
         smoothing: c.
         passes: Steps; from the second on, r is taken at the point reached, on the stored tokens, with the same keys.
-        held_out_tokens: Tokens held out at most; none are where nothing is to be chosen.
+        held_out_tokens: Latest tokens held out at most; none are where nothing is to be chosen.
         store: Folder for the hidden states that further passes need; None keeps them in memory.
         store_bytes: Hidden states kept for further passes, at most. Tokens beyond count in the first pass only.
         block_elements: Logits held at a time, at most.
@@ -148,7 +150,7 @@ class ResidualFastWeights(HiddenLearner):
     def reset(self) -> None:
         """Forget every token seen; what was solved stays until the next :meth:`solve`."""
         self._sums = self._no_sums()
-        self._held = HeldOut(self.held_out_tokens)
+        self._held = LatestTokens(self.held_out_tokens)
         self._faults = FaultLog(self.output.vocabulary)
         if self._store is not None:
             self._store.clear()
@@ -177,26 +179,17 @@ class ResidualFastWeights(HiddenLearner):
         pairs, row_weights = self._pairs(keys, values, weights)
         rows = pairs.keys(keys) if keys.ndim == 3 else keys
         targets = self._checked_tokens(pairs.targets)
-        sequences, length = (1, len(keys)) if keys.ndim == 2 else (keys.shape[0], max(keys.shape[1] - 1, 0))
         if row_weights is None:
             row_weights = torch.ones(len(targets))
         row_weights = row_weights.to(device=rows.device, dtype=torch.float32)
         targets = targets.to(rows.device)
         if len(rows):
             self._faults.check(rows, targets)
-            held = self._held.mask(sequences, length)
-            if held is not None and pairs.places is not None:
-                held = held[pairs.places]
-            learn = rows, targets.clamp(0, self.output.vocabulary - 1), row_weights
-            hold = None
-            if held is not None and bool(held.any()):
-                hold, learn = (_taken(learn, mask) for mask in (held, ~held))
-            self._add(self._sums, *learn)
-            if self._store is not None:
-                self._store.add(*learn)
-            if hold is not None:
-                self._held.add(*hold)
-        self._held.saw(sequences)
+            leaving = self._held.push(rows, targets.clamp(0, self.output.vocabulary - 1), row_weights)
+            if leaving is not None:
+                self._add(self._sums, *leaving)
+                if self._store is not None:
+                    self._store.add(*leaving)
 
     def _no_sums(self) -> ResidualSums:
         return ResidualSums(self.in_features + self.output.width, self.output.vocabulary)
@@ -231,7 +224,6 @@ class ResidualFastWeights(HiddenLearner):
             for part in other._store:
                 self._store.add(*part)
         self._sums = self._sums + theirs
-        self._held.sequences = max(self._held.sequences, 1) + other._held.sequences
 
     def subtract(self, other: ResidualFastWeights) -> None:
         """Forget what another layer of the same model has seen, all of which this one has seen too.
@@ -247,7 +239,7 @@ class ResidualFastWeights(HiddenLearner):
             raise ValueError("With passes above 1 tokens are stored one by one; they cannot be subtracted. Learn anew.")
         whole, theirs = self._everything(), other._everything()
         self._sums = whole - theirs
-        self._held = HeldOut(0)
+        self._held = LatestTokens(0)
 
     def _check_like(self, other: ResidualFastWeights) -> None:
         mine, theirs = ((s.widths, s.normalize, s.passes > 1) for s in (self, other))
@@ -257,7 +249,7 @@ class ResidualFastWeights(HiddenLearner):
     def _everything(self) -> ResidualSums:
         return self._sums + self._sums_of(self._held.rows()) if self._held.size else self._sums
 
-    def _sums_of(self, rows: tuple[Tensor, Tensor, Tensor], at: Point | None = None) -> ResidualSums:
+    def _sums_of(self, rows: Rows, at: Point | None = None) -> ResidualSums:
         sums = self._no_sums()
         self._add(sums, *rows, at=at)
         return sums
@@ -304,16 +296,19 @@ class ResidualFastWeights(HiddenLearner):
         started = time.perf_counter()
         choice_seconds = 0.0
         last = self._steps
-        held = self._held.rows() if self._held.size else None
+        older, held = self._to_choose_on()
         # From the tokens outside the held-out slice, on which the choices are made, and from all.
         point = result = self._origin()
         candidates, steps = self.candidates, []
         before = after = None
         for number in range(self.passes):
-            sums = self._sums if number == 0 else self._sums_at(point)
+            at = point if number else None
+            sums = self._sums if at is None else self._sums_at(at)
+            if older is not None:
+                sums = sums + self._sums_of(older, at)
             held_sums = None
             if held is not None:
-                held_sums = self._sums_of(held, at=point if number else None)
+                held_sums = self._sums_of(held, at)
                 now = held_sums.loss
                 before, after = (now, now) if number == 0 else (before, now)
             if held is None or not sums.rows:
@@ -336,6 +331,13 @@ class ResidualFastWeights(HiddenLearner):
         self._steps = tuple(steps)
         self.solution = ResidualSolution(self._steps, before, after, choice_seconds, time.perf_counter() - started)
         return self.solution
+
+    def _to_choose_on(self) -> tuple[Rows | None, Rows | None]:
+        """Of the tokens held out those that are too many to choose on, and the others."""
+        if not self._held.size:
+            return None, None
+        older, latest = self._held.parted(self.rows // _SHARE)
+        return (older if len(older[1]) else None), (latest if len(latest[1]) else None)
 
     def _origin(self) -> Point:
         bias = None if self.token_bias is None else torch.zeros_like(self.token_bias, dtype=torch.float64)
@@ -363,7 +365,7 @@ class ResidualFastWeights(HiddenLearner):
             self._add(sums, *part, at=point)
         return sums
 
-    def _loss(self, rows: tuple[Tensor, Tensor, Tensor], at: Point) -> float:
+    def _loss(self, rows: Rows, at: Point) -> float:
         """Mean loss of rows at a point, nats a token."""
         keys, targets, weights = rows
         hidden = at.moved(self._hidden(keys), self._features(keys))
@@ -525,12 +527,6 @@ class Curvature:
         scaled = self.mixed / (left[:, None] * right)
         weight = candidate.step * (self.gradient_basis @ scaled @ self.key_basis.T)
         return Point(weight, -weight @ self.mean, self.bias)
-
-
-def _taken(rows: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keys, targets, weights = rows
-    places = mask.nonzero()[:, 0].to(keys.device)
-    return keys[places], targets[places], weights[places]
 
 
 def _damped(values: Tensor, ridge: float) -> Tensor:

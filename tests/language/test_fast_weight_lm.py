@@ -93,12 +93,12 @@ def test_batches_and_calls_do_not_matter():
     model, ids = llama(), text()
     one = FastWeightLM(model, step=1.0, key_ridge=1e-3, value_ridge=0.1).learn(ids)
     one.solve()
-    weight, gram = one.learner.weight.clone(), one.learner._sums.statistics.gram
+    weight, gram = one.learner.weight.clone(), one.learner._everything().statistics.gram
     one.reset()
     for part in ids.split([1, 5, 18]):
         one.learn(part)
     one.solve()
-    assert relative(one.learner._sums.statistics.gram, gram) < 1e-6
+    assert relative(one.learner._everything().statistics.gram, gram) < 1e-6
     assert relative(one.learner.weight, weight) < 1e-3
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_faast.language import FastWeightLM, OutputLayer, ResidualFastWeights
 from lightning_faast.language.candidates import Candidate, Candidates
-from lightning_faast.language.held_out import HeldOut
+from lightning_faast.language.latest import LatestTokens
 from lightning_faast.language.residual import Curvature
 from lightning_faast.language.token_store import TokenStore
 from tests.associative.test_fast_weights import Group
@@ -56,7 +56,7 @@ def test_sums_and_step_are_the_formulas(output):
     keys, targets = rows_of(hidden, labels)
     layer = ResidualFastWeights(output, **PLAIN, block_elements=500).fit(hidden, labels)
     g, c, f = dense(output, keys, keys, targets)
-    gram = layer._sums.statistics.gram
+    gram = layer._everything().statistics.gram
     torch.testing.assert_close(gram[:D, :D], g, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gram[:D, D:], c, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(gram[D:, D:] / len(keys), f, rtol=1e-11, atol=1e-11)
@@ -170,7 +170,9 @@ def test_batching_does_not_matter(output, cuts):
     for h, y in zip(hidden.split(cuts), labels.split(cuts), strict=True):
         parts.update(h, y)
     parts.solve()
-    torch.testing.assert_close(parts._sums.statistics.gram, whole._sums.statistics.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        parts._everything().statistics.gram, whole._everything().statistics.gram, rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-9, atol=1e-12)
     assert parts.solution.steps == whole.solution.steps
 
@@ -180,7 +182,9 @@ def test_order_does_not_matter_where_nothing_is_chosen(output):
     order = torch.randperm(len(hidden))
     one = ResidualFastWeights(output, **FIXED).fit(hidden, labels)
     other = ResidualFastWeights(output, **FIXED).fit(hidden[order], labels[order])
-    torch.testing.assert_close(one._sums.statistics.gram, other._sums.statistics.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        one._everything().statistics.gram, other._everything().statistics.gram, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("options", [FIXED, {}], ids=["fixed", "chosen"])
@@ -230,8 +234,9 @@ def test_state_goes_on(output, options):
 
 def test_stored_tokens_on_disk_are_those_in_memory(output, tmp_path):
     hidden, labels = stream(output)
-    memory = ResidualFastWeights(output, passes=3).fit(hidden, labels)
-    disk = ResidualFastWeights(output, passes=3, store=tmp_path / "states")
+    options = {"passes": 3, "held_out_tokens": 50}
+    memory = ResidualFastWeights(output, **options).fit(hidden, labels)
+    disk = ResidualFastWeights(output, **options, store=tmp_path / "states")
     disk.update(hidden, labels)
     disk.solve()
     torch.testing.assert_close(memory.weight, disk.weight, rtol=1e-12, atol=1e-14)
@@ -245,7 +250,7 @@ def test_stored_tokens_on_disk_are_those_in_memory(output, tmp_path):
 def test_the_store_is_bounded_and_says_so(output):
     hidden, labels = stream(output)
     limit = 5000
-    layer = ResidualFastWeights(output, passes=2, store_bytes=limit)
+    layer = ResidualFastWeights(output, passes=2, store_bytes=limit, held_out_tokens=50)
     for h, y in zip(hidden, labels, strict=True):
         layer.update(h[None], y[None])
     layer.solve()
@@ -375,20 +380,28 @@ def test_zero_states_give_a_zero_step(output):
     assert not layer.weight.any()
 
 
-def test_held_out_tokens_are_bounded_and_do_not_depend_on_batches():
-    for batch in (1, 3, 40):
-        held, masks = HeldOut(25), []
-        for start in range(0, 40, batch):
-            n = min(batch, 40 - start)
-            mask = held.mask(n, 8)
-            mask = torch.zeros(n * 8, dtype=torch.bool) if mask is None else mask
-            masks.append(mask)
-            rows = torch.zeros(int(mask.sum()), 2)
-            held.add(rows, rows[:, 0], rows[:, 0])
-            held.saw(n)
-        places = torch.cat(masks).nonzero()[:, 0].tolist()
-        assert places == [6, 7, *range(8, 16), *range(72, 80), *range(136, 143)]
-        assert held.size == 25
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_the_latest_tokens_are_held_out_whatever_the_batches(batch):
+    held, left = LatestTokens(25), []
+    for rows in torch.arange(40).split(batch):
+        leaving = held.push(rows[:, None].float(), rows, torch.ones(len(rows)))
+        if leaving is not None:
+            left += leaving[1].tolist()
+    assert left == list(range(15))
+    assert held.rows()[1].tolist() == list(range(15, 40))
+    older, latest = held.parted(10)
+    assert (older[1].tolist(), latest[1].tolist()) == (list(range(15, 30)), list(range(30, 40)))
+    assert held.size == 25
+
+
+def test_choices_are_made_on_a_fifth_of_the_tokens_at_most(output):
+    hidden, labels = stream(output)
+    layer = ResidualFastWeights(output, held_out_tokens=10**6).fit(hidden, labels)
+    older, latest = layer._to_choose_on()
+    assert len(latest[1]) == layer.rows // 5
+    assert len(older[1]) == layer.rows - layer.rows // 5
+    fixed = ResidualFastWeights(output, **vars(layer.solution.steps[0])).fit(hidden, labels)
+    torch.testing.assert_close(layer.weight, fixed.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_curvature_of_candidates_scales_with_the_step(output):
