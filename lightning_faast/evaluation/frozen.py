@@ -84,6 +84,16 @@ class Bench:
         """Of the GPU, or ``cpu``."""
         return device_name(self.fabric.device)
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """What a reader of a report needs to know of it."""
+        encoder: Any = self.encoder.module
+        name = getattr(encoder, "model_name", None)
+        return {
+            "encoder": type(encoder).__name__ + (f" {name}" if name else ""),
+            "classes": str(len(self.data.class_names)),
+        }
+
     def description(self, stage: str) -> dict[str, str]:
         """What determines the keys of a stage."""
         return {**self.about, "data": self.data.fingerprint(stage), "stage": stage}
