@@ -61,7 +61,7 @@ SPECS = [
         VIT,
         _images("cifar10-small"),
         ("faast", *TRAINED),
-        "4,16",
+        "4,16,64",
         1,
     ),
     Spec(
@@ -81,6 +81,7 @@ SPECS = [
         "1,4,16,64,256,all",
     ),
     Spec("cifar10-vit", "CIFAR-10, DINOv2 ViT-S/14", VIT, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
+    Spec("cifar10-effnet", "CIFAR-10, EfficientNet-Lite0", EFFNET, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
     Spec(
         "mini-imagenet-vit",
         "mini-ImageNet in halves (the paper's protocol), DINOv2 ViT-S/14",
