@@ -11,10 +11,10 @@ from torch import Tensor
 class Reservoir:
     """All rows of a short stream; of a longer one ``size`` rows, each row equally likely to be among them.
 
-    While at most twice ``size`` rows were seen, all are held: then nothing about them has to be estimated. Every row has a pseudo-random priority, a hash of its position in the stream, and the rows of lowest priority stay
-    (bottom-k sampling). So the sample does not depend on how the stream is cut into batches, samples of several
-    streams merge by keeping the lowest priorities of all, and which rows enter is known on the host without asking
-    the device.
+    While at most twice ``size`` rows were seen, all are held: then nothing about them has to be estimated. Every row
+    has a pseudo-random priority, a hash of its position in the stream, and the rows of lowest priority stay (bottom-k
+    sampling). So the sample does not depend on how the stream is cut into batches, samples of several streams merge by
+    keeping the lowest priorities of all, and which rows enter is known on the host without asking the device.
 
     Args:
         size: Rows kept of more than twice as many; 0 keeps none.
