@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from lightning_faast.data.digits import DigitsDataModule
     from lightning_faast.data.images import ImageDataModule
     from lightning_faast.data.keys import KeysDataModule
+    from lightning_faast.data.text import TextDataModule
 
-__all__ = ["DigitsDataModule", "ImageDataModule", "KeysDataModule"]
+__all__ = ["DigitsDataModule", "ImageDataModule", "KeysDataModule", "TextDataModule"]
 
 __getattr__, __dir__ = attach(
     __name__,
@@ -17,5 +18,6 @@ __getattr__, __dir__ = attach(
         "DigitsDataModule": "lightning_faast.data.digits",
         "ImageDataModule": "lightning_faast.data.images",
         "KeysDataModule": "lightning_faast.data.keys",
+        "TextDataModule": "lightning_faast.data.text",
     },
 )
