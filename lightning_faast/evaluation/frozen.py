@@ -126,6 +126,9 @@ class Bench:
             advance(len(labels))
         if waiting is not None:
             yield waiting
+        report = getattr(self.encoder.module, "report_truncation", None)
+        if report is not None:  # an encoder of text, which may have cut some
+            report()
 
 
 def _make_data(config: Namespace, encoder: Any) -> _Data:
@@ -143,7 +146,7 @@ def _make_data(config: Namespace, encoder: Any) -> _Data:
     if missing:
         raise ValueError(
             f"A comparison encodes rows once and takes subsets of them, and {type(data).__name__} has no "
-            f"{', '.join(missing)}. Use lightning_faast.data.ImageDataModule, or add these as it has them."
+            f"{', '.join(missing)}. Use a data module of lightning_faast.data, or add these as it has them."
         )
     return data
 
