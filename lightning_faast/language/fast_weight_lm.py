@@ -252,8 +252,10 @@ class FastWeightLM(nn.Module):
         if type(theirs) is not type(self.learner):
             raise ValueError(f"A {type(theirs).__name__} cannot be combined with a {type(self.learner).__name__}.")
         combine(self.learner, theirs)
-        self._stale.add(str(self.active))
-        return self
+        if self.learner.rows:
+            self._stale.add(str(self.active))
+            return self
+        return self.reset()  # everything was forgotten
 
     # ------------------------------------------------------------------ predicting
 
