@@ -166,7 +166,9 @@ def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, languag
     assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(rows, 47)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "clip" not in recipe and recipe not in LANGUAGE_RECIPES])
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if "clip" not in recipe and recipe not in LANGUAGE_RECIPES]
+)
 def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, key_file, recipe):
     monkeypatch.chdir(tmp_path)
     cli = FaastCLI(["fit", "--config", recipe, *recipe_options(recipe, colors, key_file)])

@@ -134,7 +134,9 @@ class Comparer:
             try:
                 method = find_method(name, recipe, options)
             except ValueError as error:
-                refused = [Record(shown_name(name), *cell, "refused", reason=str(error), unit=self.unit) for cell in cells]
+                refused = [
+                    Record(shown_name(name), *cell, "refused", reason=str(error), unit=self.unit) for cell in cells
+                ]
                 self._impossible += refused
             else:
                 self.runs += [self._run(method, *cell, keys) for cell in cells]

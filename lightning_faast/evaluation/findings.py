@@ -37,8 +37,8 @@ NOTES = (
 #: The same for running text.
 TOKEN_NOTES = (
     "Perplexity: the exponential of the loss, the mean negative log-likelihood of a token in nats. Accuracy: of the "
-    "most likely next token. Bits per byte: the loss in bits for each byte of the scored text, which does not depend on "
-    "the tokenizer.",
+    "most likely next token. Bits per byte: the loss in bits for each byte of the scored text, which any "
+    "tokenizer shares.",
     "Difference: accuracy and loss less the reference's on the same test tokens. The 95 % interval is a paired "
     "bootstrap over windows, whose tokens are drawn together. Intervals are not corrected for the number of "
     "comparisons: of twenty between equals, one is expected to leave out 0.",
@@ -83,7 +83,9 @@ def findings(comparison: Comparison) -> list[str]:
     if not any(entry.method == comparison.reference for entry in done):
         return [f"{comparison.reference}, the reference, has no run that ended.", *_unfinished(comparison)]
     others = [entry for entry in done if entry.method != comparison.reference]
-    judged = [_losses(others), _verdicts(others)] if comparison.unit == "token" else [_verdicts(others), _losses(others)]
+    judged = (
+        [_losses(others), _verdicts(others)] if comparison.unit == "token" else [_verdicts(others), _losses(others)]
+    )
     return [
         *_ranks(comparison, done),
         *judged[0],

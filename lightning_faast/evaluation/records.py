@@ -94,7 +94,6 @@ class Record:
         parts = (self.seconds_encode, self.seconds_fit, self.seconds_solve)
         return None if None in parts else sum(part for part in parts if part is not None)
 
-
     @property
     def perplexity(self) -> float | None:
         """Of running text: the exponential of the loss; None of anything else."""

@@ -233,7 +233,10 @@ def latex(comparison: Comparison) -> str:
         " & ".join(_latex(_heads(comparison)[i]) for i in shown) + r" \\",
     ]
     for shots in comparison.shots:
-        lines += ["\\midrule", f"\\multicolumn{{{len(shown)}}}{{l}}{{{formats.shots_title(shots, comparison.unit)}}} \\\\"]
+        lines += [
+            "\\midrule",
+            f"\\multicolumn{{{len(shown)}}}{{l}}{{{formats.shots_title(shots, comparison.unit)}}} \\\\",
+        ]
         for entry in comparison.ranked(shots):
             cells = [_latex(cell) for i, cell in enumerate(_cells(comparison, entry)) if i in shown]
             if entry.method == comparison.reference:

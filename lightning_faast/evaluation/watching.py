@@ -48,6 +48,7 @@ class Watch(ABC):
     def start_test(self) -> list[Any]:
         """Hooks for the test; their handles."""
 
+    @abstractmethod
     def before_test_batch(self) -> None:
         """A test batch is there."""
 
@@ -110,6 +111,9 @@ class RowWatch(Watch):
         if self._keys is None or len(self._keys) < _TIMED_KEYS:
             new = output.detach()
             self._keys = new if self._keys is None else torch.cat([self._keys, new])
+
+    def before_test_batch(self) -> None:
+        """Nothing to do: predictions are timed from keys."""
 
     def after_test_batch(self, outputs: Any, batch: Any) -> None:
         """Keep the labels."""

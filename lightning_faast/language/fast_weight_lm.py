@@ -398,6 +398,11 @@ def _fingerprint(model: nn.Module) -> Tensor:
 
 
 def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+    """Refuse first elements of weights that are not those of this model.
+
+    Raises:
+        ValueError: Where they differ by more than the rounding of half precision.
+    """
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())
