@@ -283,8 +283,10 @@ class FastWeightLM(nn.Module):
         if type(theirs) is not type(self.learner):
             raise ValueError(f"A {type(theirs).__name__} cannot be combined with a {type(self.learner).__name__}.")
         combine(self.learner, theirs)
-        self._stale.add(str(self.active))
-        return self
+        if self.learner.rows:
+            self._stale.add(str(self.active))
+            return self
+        return self.reset()  # everything was forgotten
 
     # ------------------------------------------------------------------ predicting
 
@@ -430,6 +432,11 @@ def _fingerprint(model: nn.Module) -> Tensor:
 
 
 def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
+    """Refuse first elements of weights that are not those of this model.
+
+    Raises:
+        ValueError: Where they differ by more than the rounding of half precision.
+    """
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())

@@ -49,7 +49,9 @@ def score_logits(logits: Tensor, labels: Tensor, block_elements: int = _BLOCK_EL
         ([2, 0], [-1.386, -1.386])
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}.")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
+        )
     rows, targets = logits.flatten(0, -2), labels.flatten()
     places = (targets != IGNORED).nonzero()[:, 0]
     parts: list[tuple[Tensor, ...]] = []

@@ -1,12 +1,9 @@
 """A tiny model with a tokenizer as a folder, and text that it can learn."""
 
-import json
 import random
 
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-_WORDS = "the cat dog sat ran on under mat tree house red blue and then it was é <unk>".split()
 
 
 def lines(count, seed=0):

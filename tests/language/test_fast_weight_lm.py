@@ -40,7 +40,7 @@ def test_learned_text_becomes_likelier(name):
     model, new = FAMILIES[name](), text(8, seed=1)
     before = loss(model, new)
     lm = learned(model)
-    assert loss(lm, new) < before - 0.1
+    assert loss(lm, new) < before - 0.03  # a softcap of 3 leaves little room
     assert lm.tokens == 24 * 39
     assert loss(lm.reset(), new) == before
 
@@ -152,6 +152,9 @@ def test_merging_and_forgetting():
     assert relative(lm.learner.weight, whole) < 1e-3
     lm.subtract("two").solve()
     assert relative(lm.learner.weight, one) < 1e-3
+    base = loss(lm.use(None), ids)
+    assert loss(lm.use("one").subtract("one"), ids) == base
+    assert lm.tokens == 0
     with pytest.raises(KeyError, match="no adaptation 'three'"):
         lm.merge("three")
     lm.add("paper", mode="embedding")
