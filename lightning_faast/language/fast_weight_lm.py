@@ -144,6 +144,12 @@ class FastWeightLM(nn.Module):
             raise RuntimeError("No adaptation is in use: call use(name) first.")
         return self.adaptations[self.active]
 
+    @property
+    def _tap(self) -> Tap:
+        """What connects the layer of the adaptation in use; as :attr:`learner`."""
+        _ = self.learner
+        return self._taps[str(self.active)]
+
     def _compile_again(self) -> None:
         """Compiled code does not see hooks that come or go."""
         compiled = self.model is not self._eager and hasattr(self.model, "_orig_mod")
@@ -189,8 +195,7 @@ class FastWeightLM(nn.Module):
     def watching(self) -> Iterator[list[Tensor]]:
         """While open, the keys [B, T, k] of every call are appended to the list: what was predicted can be learned."""
         self._ready()
-        _ = self.learner  # says so where none is in use
-        with self._taps[str(self.active)].watching() as watched:
+        with self._tap.watching() as watched:
             yield watched
 
     @contextmanager
@@ -239,7 +244,7 @@ class FastWeightLM(nn.Module):
             inputs["attention_mask"] = mask = attention_mask.to(device)
             if "position_ids" in architecture.arguments(self._eager):  # padding on the left does not count
                 inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        tap = self._taps[str(self.active)]
+        tap = self._tap
         with architecture.evaluating(self._eager), tap.reading() as read:
             architecture.run(self._eager, **inputs)
         if len(read) != 1:
