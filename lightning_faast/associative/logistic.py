@@ -168,7 +168,7 @@ class LogisticRegression(LinearLearner):
         held_out = _held_out(labels.cpu(), self.seed).to(labels.device)
         if int(held_out.sum()) < _FEWEST_HELD_OUT:
             return _Choice(_DEFAULT_STRENGTH), None
-        seen, unseen = problem.part(~held_out), problem.part(held_out)
+        seen, unseen = problem.part(~held_out), problem.part(held_out)  # in float32: twice as fast, and exact enough
         best: tuple[_Choice, _Optimum | None] = (_Choice(self.strengths[0]), None)
         best_loss, worse, optimum = math.inf, 0, None
         for strength in self.strengths:  # from strong to weak penalties, each from where the last one ended
@@ -308,8 +308,11 @@ class _Problem:
     max_iterations: int
 
     def part(self, mask: Tensor) -> _Problem:
-        rows = (self.coordinates[mask], self.variances, self.labels[mask], self.weights[mask])
-        return _Problem(*rows, self.num_classes, self.max_iterations)
+        """Some of the rows, in float32."""
+        coordinates, weights = self.coordinates[mask].float(), self.weights[mask].float()
+        return _Problem(
+            coordinates, self.variances.float(), self.labels[mask], weights, self.num_classes, self.max_iterations
+        )
 
     def minimize(self, strength: float, start: _Optimum | None, tolerance: float) -> _Optimum:
         c, total = self.num_classes, float(self.weights.sum())
@@ -323,7 +326,7 @@ class _Problem:
         scale = torch.cat([curvature * self.variances + penalty, self.variances.new_full((1,), curvature)]).rsqrt()
         parameters = self.coordinates.new_zeros(c, len(scale))
         if start is not None:
-            parameters = torch.cat([start.weight, start.bias[:, None]], 1) / scale
+            parameters = torch.cat([start.weight, start.bias[:, None]], 1).to(scale) / scale
         parameters.requires_grad_()
         optimizer = torch.optim.LBFGS(
             [parameters],
@@ -355,7 +358,8 @@ class _Problem:
         return _Optimum(scaled[:, :-1], scaled[:, -1], loss, converged)
 
     def _logits(self, optimum: _Optimum) -> Tensor:
-        return F.linear(self.coordinates, optimum.weight, optimum.bias)
+        x = self.coordinates
+        return F.linear(x, optimum.weight.to(x), optimum.bias.to(x))
 
     def evaluate(self, optimum: _Optimum) -> tuple[float, float]:
         """Weighted mean likelihood loss, and accuracy."""

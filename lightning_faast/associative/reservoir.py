@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Reservoir:
-    """At most ``size`` rows, each row of the stream equally likely to be among them.
+    """All rows of a short stream; of a longer one ``size`` rows, each row equally likely to be among them.
 
-    Every row has a pseudo-random priority, a hash of its position in the stream, and the rows of lowest priority stay
-    (bottom-k sampling). So the sample does not depend on how the stream is cut into batches, samples of several
-    streams merge by keeping the lowest priorities of all, and which rows enter is known on the host without asking
-    the device.
+    While at most twice ``size`` rows were seen, all are held: then nothing about them has to be estimated. Every row
+    has a pseudo-random priority, a hash of its position in the stream, and the rows of lowest priority stay (bottom-k
+    sampling). So the sample does not depend on how the stream is cut into batches, samples of several streams merge by
+    keeping the lowest priorities of all, and which rows enter is known on the host without asking the device.
 
     Args:
-        size: Rows kept at most; 0 keeps none.
+        size: Rows kept of more than twice as many; 0 keeps none.
         seed: Another seed samples other rows.
 
     Example:
@@ -35,8 +35,9 @@ class Reservoir:
         self.size = size
         self.seed = seed
         self.seen = 0
+        self._room = size  # rows that may be kept at present
         self._priorities = torch.empty(0, dtype=torch.int64)
-        self._buffers: dict[str, Tensor] = {}  # of full size, so that a row enters without copying the others
+        self._buffers: dict[str, Tensor] = {}  # with room to spare, so that a row enters without copying the others
 
     def __len__(self) -> int:
         return len(self._priorities)
@@ -89,14 +90,14 @@ class Reservoir:
             positions = torch.arange(self.seen, self.seen + n)
         if not len(positions) == len(values) == n:
             raise ValueError(f"{n} keys, but {len(values)} values and {len(positions)} positions.")
-        self.seen += n
+        self._see(n, whole=True)
         if self.size == 0 or n == 0:
             return
         priorities = _hash(positions, self.seed)
-        if len(self) == self.size:  # nearly always: find the few rows that enter, on the host
+        if len(self) == self._room:  # nearly always: find the few rows that enter, on the host
             entering = torch.nonzero(priorities < self._priorities.max()).flatten()
         else:
-            entering = torch.sort(priorities, stable=True).indices[: self.size].sort().values
+            entering = torch.sort(priorities, stable=True).indices[: self._room].sort().values
         if len(entering) == 0:
             return
         index = entering.to(keys.device)
@@ -108,14 +109,20 @@ class Reservoir:
         )
         self._keep_lowest(priorities[entering], new)
 
+    def _see(self, rows: int, whole: bool) -> None:
+        """Count rows of which all are about to come, or a sample; what is too much then is let go at once."""
+        short = whole and len(self) == self.seen and self.seen + rows <= 2 * self.size
+        self.seen += rows
+        self._resize(2 * self.size if short else self.size)
+
     def _keep_lowest(self, priorities: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Let new rows take free slots, and those of held rows of higher priority."""
         held = len(self)
         order = torch.sort(torch.cat([self._priorities, priorities]), stable=True).indices
-        kept = order[: self.size]
+        kept = order[: self._room]
         entering = kept[kept >= held] - held
-        leaving = order[self.size :]
-        slots = torch.cat([leaving[leaving < held], torch.arange(held, min(self.size, held + len(entering)))])
+        leaving = order[self._room :]
+        slots = torch.cat([leaving[leaving < held], torch.arange(held, min(self._room, held + len(entering)))])
         slots = slots[: len(entering)]
         self._make_room(rows)
         grown = torch.zeros(len(kept), dtype=torch.int64)
@@ -127,30 +134,33 @@ class Reservoir:
             buffer.index_copy_(0, slots.to(buffer.device), source[entering.to(source.device)])
 
     def _make_room(self, rows: Mapping[str, Tensor]) -> None:
-        """Buffers of the full size, in a dtype that holds both the held rows and the new ones exactly."""
+        """Buffers for all that may be kept, in a dtype that holds both the held rows and the new ones exactly."""
         for name, new in rows.items():
             old = self._buffers.get(name)
             dtype = new.dtype if old is None else torch.promote_types(old.dtype, new.dtype)
             if old is None:
-                self._buffers[name] = torch.zeros((self.size, *new.shape[1:]), dtype=dtype, device=new.device)
+                self._buffers[name] = torch.zeros((self._room, *new.shape[1:]), dtype=dtype, device=new.device)
             elif dtype != old.dtype:
                 self._buffers[name] = old.to(dtype)
 
-    def _limit_to(self, other_size: int) -> None:
-        """Where fewer rows of a stream were kept than here, no more than so many are a uniform sample of all."""
-        if other_size < self.size:
-            kept = torch.sort(self._priorities, stable=True).indices[:other_size]
+    def _resize(self, room: int) -> None:
+        """Make room for so many rows, and let those of highest priority go that have none."""
+        if len(self) > room:
+            kept = torch.sort(self._priorities, stable=True).indices[:room]
             self._buffers = {name: buffer[kept.to(buffer.device)] for name, buffer in self._buffers.items()}
-            self._priorities, self.size = self._priorities[kept], other_size
-            self._buffers = {name: _padded(buffer, other_size) for name, buffer in self._buffers.items()}
+            self._priorities = self._priorities[kept]
+        if room != self._room:
+            self._buffers = {name: _padded(rows, room) for name, rows in self._rows.items()}
+            self._room = room
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: Reservoir) -> None:
         """Take in the sample of another stream; the result is a sample of both, of the smaller of the two sizes."""
-        if len(other) < other.seen:
-            self._limit_to(len(other))
-        self.seen += other.seen
+        whole = len(other) == other.seen
+        if not whole:  # of two samples, no more rows than the smaller has are a uniform sample of both
+            self.size = min(self.size, len(other))
+        self._see(other.seen, whole)
         if self.size and len(other):
             self._keep_lowest(other._priorities, other._rows)
 
@@ -166,21 +176,18 @@ class Reservoir:
             The same merged reservoir on every process.
         """
         device = shapes["keys"].device
-        result = Reservoir(self.size, self.seed)
-        # Padded to the full size, so that all processes send equal shapes; padding has the largest priority.
-        padded = torch.full((self.size,), torch.iinfo(torch.int64).max, device=device)
-        padded[: len(self)] = self._priorities.to(device)
-        priorities = gather(padded)
-        seen = gather(torch.tensor([self.seen], device=device))
+        counts = [count.tolist() for count in gather(torch.tensor([self.seen, len(self)], device=device))]
+        most = max(held for _, held in counts)  # padded to it, since all processes send equal shapes
+        priorities = gather(_padded(self._priorities.to(device), most))
         columns = {}
         for name, empty in shapes.items():
-            held = self._rows[name].to(empty) if self._buffers else empty
-            columns[name] = gather(_padded(held, self.size))
-        result.seen = int(sum(int(s) for s in seen))
-        for process, priority in enumerate(priorities):
-            real = (priority != torch.iinfo(torch.int64).max).cpu()
-            rows = {name: tensors[process][real.to(device)] for name, tensors in columns.items()}
-            result._keep_lowest(priority.cpu()[real], rows)
+            columns[name] = gather(_padded(self._rows[name].to(empty) if self._buffers else empty, most))
+        result = Reservoir(self.size, self.seed)
+        for process, (seen, held) in enumerate(counts):
+            part = Reservoir(held, self.seed)
+            part.seen, part._priorities = seen, priorities[process][:held].cpu()
+            part._buffers = {name: tensors[process][:held] for name, tensors in columns.items()}
+            result.merge(part)
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -201,9 +208,10 @@ class Reservoir:
             raise ValueError("Not a state of Reservoir: entries are missing, or of different lengths.")
         stored = Reservoir(len(priorities), self.seed)
         stored.seen = int(state["seen"])
-        stored._priorities = priorities.cpu().clone()
-        stored._buffers = {name: state[name].detach().clone() for name in names}
+        stored._priorities = priorities.cpu()
+        stored._buffers = {name: state[name].detach() for name in names}
         self.seen, self._priorities, self._buffers = 0, torch.empty(0, dtype=torch.int64), {}
+        self._room = self.size
         if self.size:
             self.merge(stored)
         else:

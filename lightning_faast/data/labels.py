@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lightning_faast.data.sources import ImageRows
+from lightning_faast.data.rows import LabelledRows
 
 
-def encode_labels(splits: Mapping[str, ImageRows], keep_unused: bool = True) -> tuple[list[str], dict[str, np.ndarray]]:
+def encode_labels(
+    splits: Mapping[str, LabelledRows], keep_unused: bool = True
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """Number the classes alike in all splits.
 
     Classes that the source declares keep their order. Otherwise the first split defines them: its distinct labels,
@@ -47,7 +49,7 @@ def encode_labels(splits: Mapping[str, ImageRows], keep_unused: bool = True) -> 
     return [str(value) for value in values], encoded
 
 
-def _check_declared(split: str, rows: ImageRows, first: ImageRows) -> np.ndarray:
+def _check_declared(split: str, rows: LabelledRows, first: LabelledRows) -> np.ndarray:
     if rows.class_names != first.class_names:
         raise ValueError(f"The split {split!r} declares other classes than the first split.")
     outside = (rows.labels < 0) | (rows.labels >= len(rows.class_names or ()))

@@ -183,6 +183,7 @@ class LanguageDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self._streams: dict[str, TokenStream] = {}  # by split
         self._digest = ""  # of the tokenizer that made them
+        self._given_tokenizer: Any = None
 
     @property
     def has_test(self) -> bool:
@@ -208,6 +209,10 @@ class LanguageDataModule(LightningDataModule):
         if stage == "train" and self.holdout is not None:
             end = self._cut(stream)
         return hashlib.sha256(json.dumps([stream.path.name, start, end]).encode()).hexdigest()[:32]
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Cut the text with this tokenizer, whatever module runs, where the option does not name one."""
+        self._given_tokenizer = tokenizer
 
     def prepare_data(self) -> None:
         """Download what is not on this machine yet, and tokenize it."""
@@ -298,6 +303,8 @@ class LanguageDataModule(LightningDataModule):
     def _find_tokenizer(self) -> Any:
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer)
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
         module = None if self.trainer is None else self.trainer.lightning_module
         found = getattr(module, "tokenizer", None)
         if found is None:

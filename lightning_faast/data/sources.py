@@ -1,47 +1,41 @@
 """Where labelled images come from: one split of a data set as rows that are decoded when asked for."""
 
-import hashlib
 import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from lightning_faast.data.columns import find_image_column, find_label_column
 from lightning_faast.data.extras import require
+from lightning_faast.data.huggingface import (
+    HOLD_OUT,
+    WHOLE,
+    DatasetSource,
+    Kind,
+    class_names,
+    describe_files,
+    find_kind,
+    no_split,
+    read_labels,
+    refuse_options,
+)
+from lightning_faast.data.rows import LabelledRows, digest
 
 _TORCHVISION = "torchvision:"
-#: The split that a root of class folders is; so are the rows of a single parquet file.
-_WHOLE = "train"
+_SUFFIXES = (".parquet",)
 
 
-class ImageRows(ABC):
-    """Labelled images of one split. Reading the labels decodes no image.
-
-    Attributes:
-        labels: The labels as the source has them, integers or strings, ``(rows,)``.
-        class_names: Names of the classes 0, 1, …, where the source declares them.
-    """
-
-    def __init__(self, labels: np.ndarray, class_names: list[str] | None = None) -> None:
-        self.labels = labels
-        self.class_names = class_names
-
-    def __len__(self) -> int:
-        return len(self.labels)
+class ImageRows(LabelledRows):
+    """Labelled images of one split. Reading the labels decodes no image."""
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """The image of one row, in any mode and size."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that change whenever the images or their order do; labels are not part of it."""
 
 
 class DatasetRows(ImageRows):
@@ -75,10 +69,7 @@ class DatasetRows(ImageRows):
             images = images.cast_column(self.image_column, datasets.Image())
         self.images = images
         self.origin = f"{origin} {dataset.split} {self.image_column}"
-
-        feature = dataset.features[label_column]
-        names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        super().__init__(_read_labels(dataset, label_column), names)
+        super().__init__(read_labels(dataset, label_column), class_names(dataset, label_column))
 
     def image(self, index: int) -> Image.Image:
         """The image of one row, in any mode and size."""
@@ -89,21 +80,7 @@ class DatasetRows(ImageRows):
 
     def fingerprint(self) -> str:
         """From the files' names, sizes and times, or from the revision on the hub; the split and the column."""
-        return _hash(self.origin.encode())
-
-
-def _read_labels(dataset: Any, column: str) -> np.ndarray:
-    # through arrow: neither the images nor a Python object for every row
-    values = dataset.select_columns([column]).with_format("arrow")[:].column(0)
-    if values.null_count:
-        raise ValueError(f"{values.null_count} of {len(values)} rows have no label in column {column!r}.")
-    labels = np.asarray(values.to_pylist()) if str(values.type).endswith("string") else values.to_numpy()
-    if labels.dtype.kind not in "iubU":
-        raise ValueError(
-            f"Column {column!r} holds {values.type}, expected integers or strings. Set label_column to one of: "
-            f"{', '.join(dataset.column_names)}."
-        )
-    return labels.astype(np.int64) if labels.dtype.kind in "iub" else labels
+        return digest(self.origin.encode())
 
 
 class FileRows(ImageRows):
@@ -128,7 +105,7 @@ class FileRows(ImageRows):
 
     def fingerprint(self) -> str:
         """From the files' names within the root, their sizes and times, as they are now."""
-        return _hash(_describe_files(self.root, self.paths).encode())
+        return digest(describe_files(self.root, self.paths).encode())
 
 
 class ArrayRows(ImageRows):
@@ -150,23 +127,7 @@ class ArrayRows(ImageRows):
 
     def fingerprint(self) -> str:
         """From the pixels."""
-        return _hash(str(self.images.shape).encode(), np.ascontiguousarray(self.images).data)
-
-
-def _hash(*parts: Any) -> str:
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()[:32]
-
-
-def _describe_files(root: Path, paths: Iterable[str | Path]) -> str:
-    """Names within ``root``, bytes and times of last change in nanoseconds: reading none of them."""
-    lines = []
-    for path in paths:
-        status = os.stat(path)
-        lines.append(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}")
-    return "\n".join(lines)
+        return digest(str(self.images.shape).encode(), np.ascontiguousarray(self.images).data)
 
 
 class ImageSource:
@@ -202,7 +163,7 @@ class ImageSource:
         self.kind = _find_kind(path)
         if self.kind in ("torchvision", "folders", "classes"):
             self._refuse(name=name, image_column=image_column, label_column=label_column)
-        if self.kind == "parquet":
+        if self.kind == "file":
             self._refuse(name=name)
         if self.kind != "torchvision":
             self._refuse(root=root)
@@ -210,9 +171,10 @@ class ImageSource:
             raise ValueError(f"path={path!r} needs root, the folder of the downloaded files (--data.root=DIR).")
 
     def _refuse(self, **options: str | None) -> None:
-        for option, value in options.items():
-            if value is not None:
-                raise ValueError(f"{option}={value!r} means nothing for path={self.path!r} ({_KINDS[self.kind]}).")
+        refuse_options(self.path, _KINDS[self.kind], **options)
+
+    def _dataset(self) -> DatasetSource:
+        return DatasetSource(self.path, self.name, cast(Kind, self.kind), _SUFFIXES, "vision")
 
     def download(self, splits: Sequence[str]) -> None:
         """Fetch what is not on this machine yet; on several processes, call it in one."""
@@ -222,7 +184,7 @@ class ImageSource:
             if self.kind == "torchvision":
                 self._load_torchvision(split, download=True)
             else:
-                self._load_dataset(split)
+                self._dataset().load(split)
 
     def open(self, split: str) -> ImageRows:
         """The rows of one split.
@@ -240,56 +202,19 @@ class ImageSource:
             dataset = self._load_torchvision(split, download=False)
             classes = getattr(dataset, "classes", None)  # USPS has none
             return ArrayRows(np.asarray(dataset.data), np.asarray(dataset.targets), classes and list(classes))
-        # before loading: files that are replaced meanwhile get another fingerprint
-        origin = self._describe_local_files() if self.kind in ("layout", "parquet") else ""
-        dataset = self._load_dataset(split)
-        if self.kind == "hub":
-            # cached under data set, configuration and commit
-            caches = [Path(file["filename"]) for file in dataset.cache_files]
-            origin = "\n".join("/".join(cache.parts[-5:]) for cache in caches)
+        dataset, origin = self._dataset().open(split)
         return DatasetRows(dataset, origin, self.image_column, self.label_column)
-
-    def _describe_local_files(self) -> str:
-        local = Path(self.path).expanduser()
-        if local.is_file():
-            return _describe_files(local.parent, [local])
-        # the README may say which files make a split
-        files = [*sorted(local.rglob("*.parquet")), *local.glob("README.md")]
-        return f"{self.name} {_describe_files(local, files)}"
-
-    def _load_dataset(self, split: str) -> Any:
-        datasets = require("datasets", "vision")
-        what: dict[str, Any] = {"path": self.path, "name": self.name}
-        if self.kind == "layout":
-            what["path"] = str(Path(self.path).expanduser())
-        elif self.kind == "parquet":
-            what = {"path": "parquet", "data_files": str(Path(self.path).expanduser())}
-        try:
-            return datasets.load_dataset(**what, split=split)
-        except ValueError:
-            there = list(datasets.load_dataset(**what))
-            parts = {part.split("[")[0].strip() for part in re.split(r"\+", split)}
-            if parts <= {*there, "all"}:
-                raise  # a malformed slice, which datasets explains
-            raise _no_split(self.path, split, there) from None
-        except OSError as error:  # ConnectionError, and DatasetNotFoundError for a name that is not on the hub
-            if self.kind != "hub":
-                raise
-            raise ConnectionError(
-                f"The data set {self.path!r} is not in the local cache and cannot be downloaded ({error}). On a "
-                "machine that reaches no hub, give a local folder that holds a copy instead (--data.path=DIR)."
-            ) from error
 
     def _open_folders(self, split: str) -> ImageRows:
         root = Path(self.path).expanduser()
-        if self.kind == "classes" and split != _WHOLE:
+        if self.kind == "classes" and split != WHOLE:
             raise ValueError(
-                f"path={self.path!r} holds one folder a class, all of it the split {_WHOLE!r}, and no split {split!r}. "
-                f"{_HOLD_OUT}"
+                f"path={self.path!r} holds one folder a class, all of it the split {WHOLE!r}, and no split {split!r}. "
+                f"{HOLD_OUT}"
             )
         folder = root if self.kind == "classes" else root / split
         if not folder.is_dir():
-            raise _no_split(self.path, split, [entry.name for entry in _folders_in(root)])
+            raise no_split(self.path, split, [entry.name for entry in _folders_in(root)])
         reader = require("torchvision.datasets.folder", "vision")
         names = [entry.name for entry in _folders_in(folder)]
         try:
@@ -312,7 +237,7 @@ class ImageSource:
                 "train; CIFAR10, CIFAR100, MNIST and FashionMNIST are such."
             )
         if split not in ("train", "test"):
-            raise _no_split(self.path, split, ["train", "test"])
+            raise no_split(self.path, split, ["train", "test"])
         try:
             return kind(self.root, train=split == "train", download=download)
         except OSError as error:
@@ -327,15 +252,11 @@ class ImageSource:
             ) from error
 
 
-_HOLD_OUT = (
-    "To test on rows that are held out of the training split, a fifth of each class: --data.test_split=null "
-    "--data.holdout=0.2."
-)
 _KINDS = {
     "torchvision": "a torchvision data set",
     "folders": "folders of images",
     "classes": "folders of images",
-    "parquet": "a parquet file",
+    "file": "a parquet file",
     "layout": "a folder in the hub's parquet layout",
     "hub": "a data set on the Hugging Face hub",
 }
@@ -344,18 +265,7 @@ _KINDS = {
 def _find_kind(path: str) -> str:
     if path.startswith(_TORCHVISION):
         return "torchvision"
-    local = Path(path).expanduser()
-    if local.is_file():
-        if local.suffix != ".parquet":
-            raise ValueError(f"path={path!r} is a file of an unknown kind: expected one that ends in .parquet.")
-        return "parquet"
-    if local.is_dir():
-        if next(local.rglob("*.parquet"), None) is not None:
-            return "layout"
-        return _find_folder_kind(path, local)
-    if path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise FileNotFoundError(f"path={path!r} is not there, and no name on the Hugging Face hub looks like it.")
-    return "hub"
+    return find_kind(path, _SUFFIXES) or _find_folder_kind(path, Path(path).expanduser())
 
 
 def _find_folder_kind(path: str, root: Path) -> str:
@@ -398,8 +308,3 @@ def _holds_images(folder: Path) -> bool:
     extensions = require("torchvision.datasets.folder", "vision").IMG_EXTENSIONS
     with os.scandir(folder) as entries:
         return any(entry.name.lower().endswith(extensions) and entry.is_file() for entry in entries)
-
-
-def _no_split(path: str, split: str, there: Sequence[str]) -> ValueError:
-    hint = "" if split == _WHOLE else f" {_HOLD_OUT}"
-    return ValueError(f"path={path!r} has no split {split!r}. Its splits: {', '.join(there)}.{hint}")

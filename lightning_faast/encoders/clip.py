@@ -80,7 +80,7 @@ class ClipEncoder(nn.Module):
         if frozen:
             self.eval()
         else:
-            for parameter in self.towers.image_parameters():
+            for parameter in self.towers.input_parameters():
                 parameter.requires_grad_(True)
 
     def forward(self, images: Tensor) -> Tensor:

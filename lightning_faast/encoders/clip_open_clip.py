@@ -66,7 +66,7 @@ class OpenClipTowers(Towers):
         embeddings: Tensor = self.model.encode_text(tokens)
         return embeddings
 
-    def image_parameters(self) -> Iterator[nn.Parameter]:
+    def input_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that images pass through."""
         return self.model.visual.parameters()
 

@@ -27,5 +27,5 @@ class Towers(nn.Module, ABC):
         """Embeddings [n, e] of n texts; what exceeds the tower's context is cut off."""
 
     @abstractmethod
-    def image_parameters(self) -> Iterator[nn.Parameter]:
+    def input_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that images pass through."""

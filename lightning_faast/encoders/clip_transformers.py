@@ -61,7 +61,7 @@ class TransformersTowers(Towers):
         embeddings: Tensor = self.model.text_projection(pooled)
         return embeddings
 
-    def image_parameters(self) -> Iterator[nn.Parameter]:
+    def input_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that images pass through."""
         yield from self.model.vision_model.parameters()
         yield from self.model.visual_projection.parameters()

@@ -18,6 +18,8 @@ memories, class means, logistic regression on keys) share one encoding of the da
 Methods that train (linear_probe, lora, full_finetuning) each run in a process of their own, by the command that you
 would type, which is printed. A second call runs only what is missing; Ctrl-C leaves what is finished.
 
+On a recipe with a language model every method runs so, shots are tokens learned, and the report is on perplexity.
+
 Whatever stands behind the options of compare is handed to every run, as to fit.
 """
 
@@ -29,6 +31,10 @@ examples:
   # a recipe, some methods, from one example a class to all
   {program} compare --recipe recipes/vit_cifar.yaml --methods faast,knn,logistic_regression,linear_probe \\
       --shots 1,4,16,all --seeds 3 --out comparisons/cifar
+
+  # a language model, from two thousand tokens to thirty thousand
+  {program} compare --recipe recipes/wikitext2_smollm2.yaml --methods language/faast,language/lora \\
+      --shots 2000,10000,30000 --data.test_tokens=8000
 
   # another encoder, without a hub
   {program} compare --recipe recipes/vit_cifar.yaml --data.path=DIR --model.encoder.checkpoint_path=FILE
@@ -49,7 +55,7 @@ def compare(args: Sequence[str]) -> int:
     Returns:
         The exit status: 0, or 130 after Ctrl-C.
     """
-    from lightning_faast.evaluation.methods import shipped_methods
+    from lightning_faast.evaluation.methods import is_language, shipped_methods, shown_name
 
     parser = argparse.ArgumentParser(
         prog=f"{_PROGRAM} compare",
@@ -65,11 +71,11 @@ def compare(args: Sequence[str]) -> int:
         "--methods",
         type=_names,
         metavar="A,B",
-        help="default: all shipped ones; what cannot run here is a row that says so",
+        help="default: all shipped ones for the recipe's kind of model; what cannot run here is a row that says so",
     )
-    add("--reference", default="faast", help="the method that the others are compared with (default: %(default)s)")
-    add("--shots", type=_shots, default=[None], metavar="1,4,all", help="examples a class (default: all)")
-    add("--seeds", type=int, default=3, metavar="N", help="choices of examples for each number (default: %(default)s)")
+    add("--reference", help="the method that the others are compared with (default: faast, or language/faast)")
+    add("--shots", type=_shots, default=[None], metavar="1,4,all", help="examples a class, or tokens (default: all)")
+    add("--seeds", type=int, metavar="N", help="choices of examples for each number (default: 3; 1 for tokens)")
     add("--out", type=Path, metavar="DIR", help="default: comparisons/RECIPE")
     add("--jobs", type=int, default=1, metavar="N", help="training runs at a time (default: %(default)s)")
     add("--wandb", metavar="PROJECT", help="log every method as a run of one group to this W&B project")
@@ -84,8 +90,11 @@ def compare(args: Sequence[str]) -> int:
     from lightning_faast.evaluation.report import terminal, write_report
 
     out = given.out or Path("comparisons") / Path(given.recipe).stem
-    methods = [given.reference, *(shipped_methods() if given.methods is None else given.methods)]
-    comparer = Comparer(given.recipe, methods, given.shots, given.seeds, out, options, given.jobs, KeyStore(given.keys))
+    text = is_language(given.recipe)
+    reference = given.reference or ("language/faast" if text else "faast")
+    methods = [reference, *(shipped_methods(given.recipe) if given.methods is None else given.methods)]
+    seeds = given.seeds if given.seeds is not None else 1 if text else 3  # tokens are learned in order, the first ones
+    comparer = Comparer(given.recipe, methods, given.shots, seeds, out, options, given.jobs, KeyStore(given.keys))
     interrupted = False
     try:
         comparer.run()
@@ -95,7 +104,7 @@ def compare(args: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "lightning_faast", "compare", *args])
     if not comparer.records():
         return 130
-    comparison = comparer.comparison(given.reference, command)
+    comparison = comparer.comparison(shown_name(reference), command)
     written = write_report(comparison, out)
     Console(width=max(_TABLE_WIDTH, Console().width)).print(terminal(comparison))
     comparer.console.print(f"{len(written)} files in {out}, of which to look at: {out / 'comparison.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shlex
 import subprocess
 import sys
@@ -14,15 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_faast import __version__
+from lightning_faast.evaluation.formats import shots_title
 from lightning_faast.evaluation.frozen import Bench, FrozenRun
 from lightning_faast.evaluation.keys import Keys, KeyStore, digest_of
-from lightning_faast.evaluation.methods import Method, find_method, resolve, shown_name
+from lightning_faast.evaluation.methods import Method, find_method, is_language, resolve, shown_name
 from lightning_faast.evaluation.records import Record, load_record, load_rows, save_record
 from lightning_faast.evaluation.summary import Comparison
+from lightning_faast.evaluation.text import TextBench
 
 _COMMAND = ("python", "-m", "lightning_faast", "fit")
 _VERSIONS = ("torch", "lightning", "timm")
@@ -35,7 +39,7 @@ class Run:
 
     Attributes:
         method: The method.
-        shots: Examples a class; None for all.
+        shots: Examples a class, or tokens learned; None for all.
         seed: Of the choice of examples and of training.
         path: Where its record is, or will be.
     """
@@ -49,7 +53,8 @@ class Run:
     def args(self) -> list[str]:
         """What follows ``fit``."""
         limit = "null" if self.shots is None else self.shots
-        chosen = [f"--data.limit_per_class={limit}", f"--data.seed={self.seed}", f"--seed_everything={self.seed}"]
+        option, _ = meaning_of_shots(self.method.config)
+        chosen = [f"--data.{option}={limit}", f"--data.seed={self.seed}", f"--seed_everything={self.seed}"]
         return [*self.method.args, *chosen]
 
     @property
@@ -60,23 +65,26 @@ class Run:
     @property
     def label(self) -> str:
         """As shown while it runs."""
-        return f"{self.method.name}, {'all' if self.shots is None else self.shots} shots, seed {self.seed}"
+        _, unit = meaning_of_shots(self.method.config)
+        return f"{self.method.name}, {shots_title(self.shots, unit)}, seed {self.seed}"
 
     def nothing(self, status: str, reason: str) -> Record:
         """The record of a run that has no result."""
-        return Record(self.method.name, self.shots, self.seed, status, reason=reason, command=self.command)
+        _, unit = meaning_of_shots(self.method.config)
+        about = {"reason": reason, "command": self.command, "unit": unit}
+        return Record(self.method.name, self.shots, self.seed, status, **about)  # type: ignore[arg-type]
 
 
 class Comparer:
     """Runs what is missing of a comparison.
 
     Methods that learn in one pass share one process and one encoding of the data; each method that trains runs in a
-    process of its own, by the very command that a user would type.
+    process of its own, by the very command that a user would type. So does every method on a language model.
 
     Args:
         recipe: What stands after ``--config``.
         methods: Names of overlays, or YAML files.
-        shots: Numbers of examples a class; None for all.
+        shots: Numbers of examples a class, or of tokens learned; None for all.
         seeds: Seeds 0, 1, … of the choice of examples. All examples are taken once, with seed 0.
         directory: Where records go, in ``runs/``, and logs of training runs, in ``logs/``.
         options: Further options of ``fit``, such as ``--data.path=DIR``.
@@ -115,7 +123,9 @@ class Comparer:
         self.store = store or KeyStore()
         self.console = console or Console(stderr=True)
         self.options = tuple(options)
-        self.bench = Bench.from_config(resolve(["--config", recipe, *options]))
+        config = resolve(["--config", recipe, *options])
+        self.bench: Bench | TextBench = (TextBench if is_language(recipe) else Bench).from_config(config)
+        _, self.unit = meaning_of_shots(config)
         keys = self.bench.identity
         cells = [(number, seed) for number in dict.fromkeys(shots) for seed in range(1 if number is None else seeds)]
         self.runs: list[Run] = []
@@ -124,7 +134,10 @@ class Comparer:
             try:
                 method = find_method(name, recipe, options)
             except ValueError as error:
-                self._impossible += [Record(shown_name(name), *cell, "refused", reason=str(error)) for cell in cells]
+                refused = [
+                    Record(shown_name(name), *cell, "refused", reason=str(error), unit=self.unit) for cell in cells
+                ]
+                self._impossible += refused
             else:
                 self.runs += [self._run(method, *cell, keys) for cell in cells]
 
@@ -154,12 +167,11 @@ class Comparer:
             KeyboardInterrupt: What was finished stays.
         """
         missing = self.missing()
-        frozen = [run for run in missing if run.method.learns_in_one_pass]
-        training = [run for run in missing if not run.method.learns_in_one_pass]
-        self.console.print(
-            f"{len(self.runs)} runs: {len(self.runs) - len(missing)} are there, {len(frozen)} share one encoding, "
-            f"{len(training)} train."
-        )
+        shares = isinstance(self.bench, Bench)
+        frozen = [run for run in missing if shares and run.method.learns_in_one_pass]
+        training = [run for run in missing if run not in frozen]
+        what = f"{len(frozen)} share one encoding, {len(training)} train" if shares else f"{len(training)} run by fit"
+        self.console.print(f"{len(self.runs)} runs: {len(self.runs) - len(missing)} are there, {what}.")
         with progress_display(self.console) as progress:
             if frozen:
                 self._run_frozen(frozen, progress)
@@ -181,9 +193,8 @@ class Comparer:
         about = {
             "title": Path(self.recipe).stem,
             "recipe": self.recipe,
-            "encoder": _describe(self.bench.encoder.module),
+            **self.bench.summary,
             "options": shlex.join(self.options),
-            "classes": str(len(self.bench.data.class_names)),
             "device": self.bench.device_name,
             "versions": ", ".join(
                 [f"lightning-faast {__version__}", *(f"{name} {version(name)}" for name in _VERSIONS)]
@@ -195,6 +206,7 @@ class Comparer:
         return Comparison(tuple(self.records()), tuple(rows), reference, about)
 
     def _run_frozen(self, runs: Sequence[Run], progress: Progress) -> None:
+        assert isinstance(self.bench, Bench)
         train, test = (encoded(self.bench, stage, self.store, progress) for stage in ("train", "test"))
         task = progress.add_task("methods on stored keys", total=len(runs))
         for run in runs:
@@ -208,7 +220,7 @@ class Comparer:
         progress.update(task, description="methods on stored keys")
 
     def _run_training(self, runs: Sequence[Run], progress: Progress) -> None:
-        task = progress.add_task("methods that train", total=len(runs))
+        task = progress.add_task("methods, each by fit", total=len(runs))
         waiting = list(runs)
         running: dict[Future[None], Run] = {}
         with ThreadPoolExecutor(self.jobs) as pool, _Processes() as processes:
@@ -248,9 +260,10 @@ class Comparer:
             save_record(run.nothing(*_judge_log(log, returned)), None, run.path)
 
 
-def _describe(encoder: Any) -> str:
-    name = getattr(encoder, "model_name", None)
-    return type(encoder).__name__ + (f" {name}" if name else "")
+def meaning_of_shots(config: Namespace) -> tuple[str, str]:
+    """The option of the data module that shots stand for, and what one of them is: as its class says."""
+    data: Any = pkgutil.resolve_name(config.data.class_path)
+    return getattr(data, "shots_option", "limit_per_class"), getattr(data, "shots_unit", "shot")
 
 
 def progress_display(console: Console) -> Progress:

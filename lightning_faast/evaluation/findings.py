@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lightning_faast.evaluation.formats import decimal, duration, points, shots_name, shots_title, size, times
+from lightning_faast.evaluation.formats import (
+    decimal,
+    duration,
+    perplexity,
+    points,
+    shots_name,
+    shots_title,
+    size,
+    times,
+)
 from lightning_faast.evaluation.summary import Comparison, Entry, Estimate
 
 _NAMED = 4  # at most as many methods, or comparisons, are named in a sentence
@@ -25,6 +34,26 @@ NOTES = (
     "To predict, to update: bytes that a prediction reads, and that learning on needs, beside the encoder. µs: wall "
     "time of a prediction from a key, a row.",
 )
+#: The same for running text.
+TOKEN_NOTES = (
+    "Perplexity: the exponential of the loss, the mean negative log-likelihood of a token in nats. Accuracy: of the "
+    "most likely next token. Bits per byte: the loss in bits for each byte of the scored text, which any "
+    "tokenizer shares.",
+    "Difference: accuracy and loss less the reference's on the same test tokens. The 95 % interval is a paired "
+    "bootstrap over windows, whose tokens are drawn together. Intervals are not corrected for the number of "
+    "comparisons: of twenty between equals, one is expected to leave out 0.",
+    NOTES[2],
+    "Adaptation: the forward passes of the model, fitting and solving. Encoded: tokens through the model in that time, "
+    "repeats included.",
+    "To predict, to update: bytes that a prediction reads, and that learning on needs, beside the model. Tokens/s: "
+    "tokens of the test text through the model and its output layer. First token: from a prompt of 64 tokens at most "
+    "to the first that is generated.",
+)
+
+
+def notes(comparison: Comparison) -> tuple[str, ...]:
+    """What the figures of a comparison mean."""
+    return TOKEN_NOTES if comparison.unit == "token" else NOTES
 
 
 def verdict(difference: Estimate | None) -> str:
@@ -54,10 +83,13 @@ def findings(comparison: Comparison) -> list[str]:
     if not any(entry.method == comparison.reference for entry in done):
         return [f"{comparison.reference}, the reference, has no run that ended.", *_unfinished(comparison)]
     others = [entry for entry in done if entry.method != comparison.reference]
+    judged = (
+        [_losses(others), _verdicts(others)] if comparison.unit == "token" else [_verdicts(others), _losses(others)]
+    )
     return [
         *_ranks(comparison, done),
-        *_verdicts(others),
-        *_losses(others),
+        *judged[0],
+        *judged[1],
         *_calibration(comparison),
         *_costs(comparison, "seconds", "adapts in", duration),
         *_costs(comparison, "bytes_to_update", "needs for learning on", size),
@@ -76,12 +108,15 @@ def reasons(comparison: Comparison) -> list[str]:
             kind = "not compared row by row"
             found.setdefault((entry.method, kind, entry.unpaired), []).append(shots_name(entry.shots))
     return [
-        f"{method} ({', '.join(shots)} shots), {status}: {reason}" for (method, status, reason), shots in found.items()
+        f"{method} ({', '.join(shots)} {comparison.unit}s), {status}: {reason}"
+        for (method, status, reason), shots in found.items()
     ]
 
 
 def _ranks(comparison: Comparison, done: Sequence[Entry]) -> list[str]:
-    """At which numbers of shots the reference has the highest accuracy; and what has it elsewhere."""
+    """At which numbers of shots the reference is best; and what is elsewhere."""
+    text = comparison.unit == "token"
+    best_is, better = ("the lowest perplexity", "Lower") if text else ("the highest accuracy", "More accurate")
     tried, first, beaten = [], [], []
     for shots in comparison.shots:
         own = comparison.entry(comparison.reference, shots)
@@ -89,24 +124,21 @@ def _ranks(comparison: Comparison, done: Sequence[Entry]) -> list[str]:
         if own is None or own.accuracy is None or not rivals:
             continue
         tried.append(shots)
-        best = max(rivals, key=_accuracy)
-        if _accuracy(best) > own.accuracy.value:
-            beaten.append(f"{best.method} at {shots_name(shots)} {_by(best)}")
+        best = max(rivals, key=comparison.merit)
+        if comparison.merit(best) > comparison.merit(own):
+            by = f"({perplexity(best.perplexity)}, {perplexity(own.perplexity)} here)" if text else _by(best)
+            beaten.append(f"{best.method} at {shots_name(shots)} {by}")
         else:
             first.append(shots_name(shots))
     if not tried:
         return []
     named = f", {_list(first)}" if first else ""
-    where = f"at {len(first) or 'none'} of {len(tried)} numbers of shots{named}"
+    where = f"at {len(first) or 'none'} of {len(tried)} numbers of {comparison.unit}s{named}"
     if len(tried) == 1:
-        where = f"with {shots_title(tried[0])}"
+        where = f"with {shots_title(tried[0], comparison.unit)}"
     verb = "does not have" if len(tried) == 1 and beaten else "has"
-    sentence = f"{comparison.reference} {verb} the highest accuracy {where}."
-    return [sentence, f"More accurate: {_list(_few(beaten))}."] if beaten else [sentence]
-
-
-def _accuracy(entry: Entry) -> float:
-    return entry.accuracy.value if entry.accuracy else 0.0
+    sentence = f"{comparison.reference} {verb} {best_is} {where}."
+    return [sentence, f"{better}: {_list(_few(beaten))}."] if beaten else [sentence]
 
 
 def _by(entry: Entry) -> str:
@@ -158,7 +190,7 @@ def _calibration(comparison: Comparison) -> list[str]:
         return ["Its calibration error is nowhere above what a perfectly calibrated predictor would score."]
     return [
         f"Its calibration error is at most {decimal(excess)} above what a perfectly calibrated predictor would score: "
-        f"{decimal(worst.calibration_error)} at {shots_title(worst.shots)}."
+        f"{decimal(worst.calibration_error)} at {shots_title(worst.shots, comparison.unit)}."
     ]
 
 
@@ -185,7 +217,7 @@ def _costs(comparison: Comparison, name: str, does: str, unit: Callable[[float],
         f"less: {_list([f'{method} ({unit(ratio * cost)})' for ratio, method in less])}" if less else "",
     ]
     others = "; ".join(part for part in parts if part)
-    return [f"With {shots_title(shots)} it {does} {unit(cost)}" + (f"; {others}." if others else ".")]
+    return [f"With {shots_title(shots, comparison.unit)} it {does} {unit(cost)}" + (f"; {others}." if others else ".")]
 
 
 def _unfinished(comparison: Comparison) -> list[str]:

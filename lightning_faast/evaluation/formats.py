@@ -21,14 +21,24 @@ def shots_name(shots: int | None) -> str:
     return "all" if shots is None else f"{shots:,}"
 
 
-def shots_title(shots: int | None) -> str:
+def shots_title(shots: int | None, unit: str = "shot") -> str:
     """With its noun.
 
     Example:
-        >>> shots_title(1), shots_title(16), shots_title(None)
-        ('1 shot', '16 shots', 'all shots')
+        >>> shots_title(1), shots_title(16), shots_title(None), shots_title(2000, "token")
+        ('1 shot', '16 shots', 'all shots', '2,000 tokens')
     """
-    return f"{shots_name(shots)} shot{'' if shots == 1 else 's'}"
+    return f"{shots_name(shots)} {unit}{'' if shots == 1 else 's'}"
+
+
+def perplexity(number: float | None) -> str:
+    """Two decimals.
+
+    Example:
+        >>> perplexity(28.194), perplexity(None)
+        ('28.19', '–')
+    """
+    return UNKNOWN if number is None else f"{number:,.2f}"
 
 
 def percent(share: float | None) -> str:

@@ -84,6 +84,16 @@ class Bench:
         """Of the GPU, or ``cpu``."""
         return device_name(self.fabric.device)
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """What a reader of a report needs to know of it."""
+        encoder: Any = self.encoder.module
+        name = getattr(encoder, "model_name", None)
+        return {
+            "encoder": type(encoder).__name__ + (f" {name}" if name else ""),
+            "classes": str(len(self.data.class_names)),
+        }
+
     def description(self, stage: str) -> dict[str, str]:
         """What determines the keys of a stage."""
         return {**self.about, "data": self.data.fingerprint(stage), "stage": stage}
@@ -116,6 +126,9 @@ class Bench:
             advance(len(labels))
         if waiting is not None:
             yield waiting
+        report = getattr(self.encoder.module, "report_truncation", None)
+        if report is not None:  # an encoder of text, which may have cut some
+            report()
 
 
 def _make_data(config: Namespace, encoder: Any) -> _Data:
@@ -133,7 +146,7 @@ def _make_data(config: Namespace, encoder: Any) -> _Data:
     if missing:
         raise ValueError(
             f"A comparison encodes rows once and takes subsets of them, and {type(data).__name__} has no "
-            f"{', '.join(missing)}. Use lightning_faast.data.ImageDataModule, or add these as it has them."
+            f"{', '.join(missing)}. Use a data module of lightning_faast.data, or add these as it has them."
         )
     return data
 

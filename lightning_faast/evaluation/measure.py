@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_faast.evaluation.records import Rows, mean_class_accuracy
 
@@ -99,13 +99,23 @@ def quality(log_probabilities: Tensor, labels: Tensor) -> tuple[dict[str, Any], 
     if log_probabilities.isnan().any():
         raise ValueError("The head predicts NaN. Look at its weights and at the keys of the test rows.")
     rows = Rows.from_log_probabilities(log_probabilities, labels)
-    calibration = multiclass_calibration_error(
-        log_probabilities.exp().float(), labels, log_probabilities.shape[1], n_bins=15, norm="l1"
-    )
-    figures = {
-        "accuracy": float((rows.predicted == rows.label).double().mean()),
+    return quality_of_rows(rows), rows
+
+
+def quality_of_rows(rows: Rows) -> dict[str, Any]:
+    """As :func:`quality`, from what was said of each row.
+
+    Raises:
+        ValueError: Where a log likelihood or a confidence is NaN.
+    """
+    if rows.log_likelihood.isnan().any() or rows.confidence.isnan().any():
+        raise ValueError("The model predicts NaN. Look at what it learned, and at its precision.")
+    # the confidence of the prediction, and whether it was right, are a binary problem: the same bins, the same sum
+    right = rows.predicted == rows.label
+    confidence = rows.confidence.clamp(0, 1)
+    return {
+        "accuracy": float(right.double().mean()),
         "mean_class_accuracy": mean_class_accuracy(rows),
         "loss": float(-rows.log_likelihood.double().mean()),
-        "calibration_error": float(calibration),
+        "calibration_error": float(binary_calibration_error(confidence, right.long(), n_bins=15, norm="l1")),
     }
-    return figures, rows

@@ -14,9 +14,10 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from lightning_faast.cli import shipped_configs
-from lightning_faast.lightning_cli import FaastCLI
+from lightning_faast.lightning_cli import FaastCLI, names_model
 
 _METHODS = "configs/methods/"
+_LANGUAGE = "language/"
 #: Parts of a configuration that do not change what a method answers: places, displays and devices.
 _IRRELEVANT = (
     "config",
@@ -29,6 +30,8 @@ _IRRELEVANT = (
     "data.init_args.pin_memory",
     "data.init_args.persistent_workers",
     "model.encoder",  # its fingerprint stands for it
+    "model.init_args.model_name",  # likewise
+    "model.init_args.gguf_file",
     "trainer.logger",
     "trainer.callbacks",
     "trainer.accelerator",
@@ -166,7 +169,20 @@ def shown_name(name: str) -> str:
     return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
-def shipped_methods() -> list[str]:
-    """Names of the shipped overlays under ``configs/methods``."""
+def shipped_methods(recipe: str | None = None) -> list[str]:
+    """Names of the shipped overlays under ``configs/methods``.
+
+    Args:
+        recipe: What stands after ``--config``; with it, only those that are made for its kind of model.
+    """
     shipped = shipped_configs("configs")
-    return [name.removeprefix(_METHODS).removesuffix(".yaml") for name in shipped if name.startswith(_METHODS)]
+    names = [name.removeprefix(_METHODS).removesuffix(".yaml") for name in shipped if name.startswith(_METHODS)]
+    if recipe is None:
+        return names
+    text = is_language(recipe)
+    return [name for name in names if name.startswith(_LANGUAGE) == text]
+
+
+def is_language(recipe: str) -> bool:
+    """Whether a recipe's model is a language model rather than an encoder with a head."""
+    return names_model(["--config", recipe])

@@ -10,9 +10,16 @@ from typing import Any
 
 from lightning_faast.data.extras import require
 from lightning_faast.evaluation import formats
-from lightning_faast.evaluation.findings import NOTES, findings, reasons, verdict
+from lightning_faast.evaluation.findings import findings, notes, reasons, verdict
 from lightning_faast.evaluation.palette import MARKS, THEMES, style
-from lightning_faast.evaluation.plots import CROWDED, SPARSE, TIME_TICKS, reliability_shots, shot_places
+from lightning_faast.evaluation.plots import (
+    CROWDED,
+    SHOTS_LABELS,
+    SPARSE,
+    TIME_TICKS,
+    reliability_shots,
+    shot_places,
+)
 from lightning_faast.evaluation.summary import Comparison, Entry, Estimate
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -60,6 +67,21 @@ _COLUMNS = (
     ("µs a row", "batch 256, 1", "ascending"),
     ("Parameters", "determined", "ascending"),
 )
+#: The same of running text.
+_TOKEN_COLUMNS = (
+    ("Perplexity", "bits per byte", "ascending"),
+    ("Difference", "of the loss", "ascending"),
+    ("Loss", "nats a token", "ascending"),
+    ("Accuracy", "%", "descending"),
+    ("Calibration", "error, excess", "ascending"),
+    ("Adaptation", "encode · fit · solve", "ascending"),
+    ("Encoded", "tokens", "ascending"),
+    ("Peak", "memory", "ascending"),
+    ("To predict", "memory", "ascending"),
+    ("To update", "memory", "ascending"),
+    ("Tokens/s", "first token", "descending"),
+    ("Parameters", "determined", "ascending"),
+)
 
 
 def page(comparison: Comparison, drawings: Mapping[str, bytes]) -> str:
@@ -92,12 +114,12 @@ def page(comparison: Comparison, drawings: Mapping[str, bytes]) -> str:
         lead=found[0],
         findings=found[1:],
         reasons=reasons(comparison),
-        notes=NOTES,
+        notes=notes(comparison),
         shots=[formats.shots_name(shots) for shots in comparison.shots],
-        titles=[formats.shots_title(shots) for shots in comparison.shots],
-        columns=_COLUMNS,
+        titles=[formats.shots_title(shots, comparison.unit) for shots in comparison.shots],
+        columns=_TOKEN_COLUMNS if comparison.unit == "token" else _COLUMNS,
         groups=[[_line(comparison, entry) for entry in comparison.ranked(shots)] for shots in comparison.shots],
-        matrix=[(m, [_cell(comparison.entry(m, s)) for s in comparison.shots]) for m in comparison.others],
+        matrix=[(m, [_cell(comparison, comparison.entry(m, s)) for s in comparison.shots]) for m in comparison.others],
         charts=[(*chart, _images(drawings, chart[0])) for chart in _CHARTS if chart[0] in drawings],
         methods=_methods(comparison),
         themes=THEMES,
@@ -125,25 +147,42 @@ def _methods(comparison: Comparison) -> list[dict[str, Any]]:
     return [{"name": comparison.reference, "color": None, "mark": "circle"}, *others]
 
 
-def _cell(entry: Entry | None) -> tuple[str, str, str]:
+def _compared(comparison: Comparison, entry: Entry) -> Estimate | None:
+    """The difference to the reference that is shown first: of accuracy, or of running text of the loss."""
+    return entry.loss_difference if comparison.unit == "token" else entry.difference
+
+
+def _verdict(comparison: Comparison, difference: Estimate | None) -> str:
+    if difference is None or comparison.unit != "token":
+        return verdict(difference)
+    return verdict(Estimate(-difference.value, -difference.high, -difference.low))  # less loss is better
+
+
+def _difference(comparison: Comparison, difference: Estimate | None) -> tuple[str, str]:
+    """Value and interval."""
+    written = formats.loss_difference if comparison.unit == "token" else formats.points
+    value, _, interval = written(difference).partition(" ")
+    return value, interval
+
+
+def _cell(comparison: Comparison, entry: Entry | None) -> tuple[str, str, str]:
     """Of the small table of differences: verdict, value, interval."""
     if entry is None:
         return "unknown", formats.UNKNOWN, ""
-    if entry.difference is None:
+    difference = _compared(comparison, entry)
+    if difference is None:
         return "unknown", formats.state(entry) or "not paired", ""
-    value, _, interval = formats.points(entry.difference).partition(" ")
-    return verdict(entry.difference), value, interval
+    return _verdict(comparison, difference), *_difference(comparison, difference)
 
 
 def _line(comparison: Comparison, entry: Entry) -> dict[str, Any]:
     """A row of the table: for each column the number to sort by, the text, and a second, smaller text."""
     reference = entry.method == comparison.reference
-    accuracy, _, interval = formats.accuracy_interval(entry.accuracy).partition(" ")
-    difference, _, paired = formats.points(entry.difference).partition(" ")
-    loss = formats.loss_difference(entry.loss_difference).partition(" ")[0] if entry.loss_difference else ""
-    excess = entry.excess_calibration_error
+    difference = _compared(comparison, entry)
+    compared: Any = (difference.value if difference else None, *_difference(comparison, difference))
     parts = (entry.seconds_encode, entry.seconds_fit, entry.seconds_solve)
     split = " · ".join(map(formats.duration, parts)) if entry.seconds is not None else ""
+    first, *quality = _quality(comparison, entry)
     return {
         "method": entry.method,
         "place": comparison.methods.index(entry.method),
@@ -151,24 +190,45 @@ def _line(comparison: Comparison, entry: Entry) -> dict[str, Any]:
         "status": entry.status,
         "seeds": len(entry.seeds),
         "reason": " ".join(entry.reasons),
-        "whisker": _whisker(comparison, entry.shots, entry.difference),
-        "verdict": verdict(entry.difference),
+        "whisker": _whisker(comparison, entry.shots, difference),
+        "verdict": _verdict(comparison, difference),
         "cells": [
-            (entry.accuracy.value if entry.accuracy else None, accuracy, interval),
-            (0.0, "reference", "")
-            if reference
-            else (entry.difference.value if entry.difference else None, difference, paired),
-            (entry.loss, formats.decimal(entry.loss), loss),
-            (entry.calibration_error, formats.decimal(entry.calibration_error), _excess(excess)),
+            first,
+            (0.0, "reference", "") if reference else compared,
+            *quality,
+            (
+                entry.calibration_error,
+                formats.decimal(entry.calibration_error),
+                _excess(entry.excess_calibration_error),
+            ),
             (entry.seconds, formats.duration(entry.seconds), split),
             (entry.examples_encoded, formats.count(entry.examples_encoded), ""),
             (entry.peak_memory, formats.size(entry.peak_memory), ""),
             (entry.bytes_to_predict, formats.size(entry.bytes_to_predict), ""),
             (entry.bytes_to_update, formats.size(entry.bytes_to_update), ""),
-            (entry.microseconds_256, formats.micro(entry.microseconds_256), formats.micro(entry.microseconds_1)),
+            _speed(comparison, entry),
             (entry.parameters, formats.count(entry.parameters), ""),
         ],
     }
+
+
+def _quality(comparison: Comparison, entry: Entry) -> list[tuple[float | None, str, str]]:
+    """How well a method predicts; the difference to the reference stands behind the first."""
+    value, _, interval = formats.accuracy_interval(entry.accuracy).partition(" ")
+    accuracy = (entry.accuracy.value if entry.accuracy else None, value, interval)
+    loss = formats.decimal(entry.loss)
+    if comparison.unit == "token":
+        bits = "" if entry.bits_per_byte is None else formats.decimal(entry.bits_per_byte)
+        return [(entry.perplexity, formats.perplexity(entry.perplexity), bits), (entry.loss, loss, ""), accuracy]
+    less = formats.loss_difference(entry.loss_difference).partition(" ")[0] if entry.loss_difference else ""
+    return [accuracy, (entry.loss, loss, less)]
+
+
+def _speed(comparison: Comparison, entry: Entry) -> tuple[float | None, str, str]:
+    if comparison.unit == "token":
+        first = "" if entry.first_token_seconds is None else formats.duration(entry.first_token_seconds)
+        return entry.tokens_per_second, formats.count(entry.tokens_per_second), first
+    return entry.microseconds_256, formats.micro(entry.microseconds_256), formats.micro(entry.microseconds_1)
 
 
 def _excess(number: float | None) -> str:
@@ -177,7 +237,8 @@ def _excess(number: float | None) -> str:
 
 def _whisker(comparison: Comparison, shots: int | None, difference: Estimate | None) -> dict[str, float] | None:
     """Where zero, the difference and its interval lie, 0 to 100 over all differences with as many shots."""
-    known = [e.difference for e in comparison.entries if e.shots == shots and e.difference is not None]
+    every = [_compared(comparison, e) for e in comparison.entries if e.shots == shots]
+    known = [d for d in every if d is not None]
     if difference is None:
         return None
     low, high = min(0.0, *(d.low for d in known)), max(0.0, *(d.high for d in known))
@@ -194,7 +255,9 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "methods": _methods(comparison),
         "marks": ["circle", *MARKS],
         "shots": [formats.shots_name(number) for number in shots],
-        "titles": [formats.shots_title(number) for number in shots],
+        "titles": [formats.shots_title(number, comparison.unit) for number in shots],
+        "shotsLabel": SHOTS_LABELS[comparison.unit],
+        "unit": comparison.unit,
         "places": [places[number] for number in shots],
         "reliabilityShots": shots.index(reliability_shots(comparison)),
         "sparse": SPARSE,

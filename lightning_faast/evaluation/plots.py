@@ -22,6 +22,8 @@ _LABEL = 8.5  # points of a direct label
 SPARSE = 10
 #: With more methods than these, names beside scattered marks would cover them: a legend it is.
 CROWDED = 9
+#: What an axis of shots is called, by the comparison's unit.
+SHOTS_LABELS = {"shot": "Labelled examples a class, log", "token": "Tokens learned, log"}
 #: Where an axis of seconds has its ticks.
 TIME_TICKS = (1e-3, 1e-2, 1e-1, 1, 10, 60, 600, 3600, 36000, 360000)
 
@@ -275,7 +277,8 @@ def _accuracy_shots(canvas: _Canvas) -> bool:
     if not axes.lines:
         return False
     axes.set_xticks(list(places.values()), [shots_name(shots) for shots in places])
-    axes.set(title="Accuracy against shots", xlabel="Labelled examples a class, log", ylabel="Accuracy, %")
+    unit = canvas.comparison.unit
+    axes.set(title=f"Accuracy against {unit}s", xlabel=SHOTS_LABELS[unit], ylabel="Accuracy, %")
     left, right = min(places.values()), max(places.values())
     axes.set_xlim(left - 0.3, right + max(1.0, 0.36 * (right - left)))
     axes.grid(axis="x", visible=False)
@@ -327,7 +330,7 @@ def _reliability(canvas: _Canvas) -> bool:
         else:
             canvas.line(counts, method, x, rows, ms=0, lw=0.9)
     axes.set(ylabel="Accuracy, %", xlim=(0, 102), ylim=(0, 103))
-    axes.set_title(f"Reliability, {shots_title(shots)}")
+    axes.set_title(f"Reliability, {shots_title(shots, canvas.comparison.unit)}")
     crowded = len(canvas.methods) > CROWDED
     canvas.legend(axes, canvas.figure if crowded else axes, loc="outside right upper" if crowded else "upper left")
     counts.set(xlabel="Confidence, %", ylabel="Test rows")
@@ -346,7 +349,7 @@ def _regularization_path(canvas: _Canvas) -> bool:
         shade = 0.35 + 0.65 * (place + 1) / len(known)
         axes.plot(path.grid, path.scores, color=canvas.theme.accent, alpha=shade, lw=1.6)
         axes.plot([path.chosen], [path.chosen_score], "o", ms=7, color=canvas.theme.accent, mec=canvas.theme.ground)
-        canvas.label(shots_title(shots), canvas.theme.muted, path.grid[-1], path.scores[-1])
+        canvas.label(shots_title(shots, canvas.comparison.unit), canvas.theme.muted, path.grid[-1], path.scores[-1])
     axes.set_xscale("log")
     axes.set(title="How the regularization was chosen", ylabel="Score")
     axes.set_xlabel(f"{known[0][1].kind.capitalize()}, log")

@@ -8,16 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_faast.associative import Learner
-from lightning_faast.evaluation.measure import PeakMemory, device_name, microseconds, quality, synchronize
+from lightning_faast.evaluation.measure import PeakMemory, device_name, synchronize
 from lightning_faast.evaluation.records import Record, save_record
+from lightning_faast.evaluation.watching import watch
 from lightning_faast.reporting import Stopwatch
-
-_TIMED_KEYS = 256
 
 
 class RecordRun(Callback):
@@ -29,7 +27,7 @@ class RecordRun(Callback):
     Args:
         path: The JSON file; what was said of each test row goes beside it.
         method: Name of the method in the record.
-        shots: Examples a class; None for all.
+        shots: Examples a class, or tokens learned; None for all.
         seed: Of the choice of examples.
 
     Example::
@@ -59,17 +57,17 @@ class RecordRun(Callback):
         device = pl_module.device
         self._encoder_watch, self._loading = Stopwatch(device), 0.0
         self._encoded, self._last_end = 0, time.perf_counter()
-        encoder = _encoder(pl_module)
+        self._watch = watch(pl_module)
         self._handles = [
-            encoder.register_forward_pre_hook(lambda *_: self._encoder_watch.__enter__()),
-            encoder.register_forward_hook(self._after_encoder),
+            self._watch.encoder.register_forward_pre_hook(lambda *_: self._encoder_watch.__enter__()),
+            self._watch.encoder.register_forward_hook(self._after_encoder, with_kwargs=True),
         ]
         self._peak = PeakMemory(device)
         self._start = time.perf_counter()
 
-    def _after_encoder(self, _: nn.Module, args: Any, output: Tensor) -> None:
+    def _after_encoder(self, _: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> None:
         self._encoder_watch.__exit__()
-        self._encoded += len(output)
+        self._encoded += self._watch.encoded(inputs, output)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Waiting for data ends."""
@@ -99,54 +97,39 @@ class RecordRun(Callback):
             "examples_encoded": self._encoded,
             "peak_memory": self._peak.growth(),
             **_sizes(trainer, pl_module),
-            "train_rows": _train_rows(trainer),
-            "details": {"epochs": trainer.current_epoch},
+            "train_rows": self._watch.train_rows(trainer),
+            "details": {"epochs": trainer.current_epoch, **_learned(pl_module)},
         }
 
     # ------------------------------------------------------------------ the test
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch what the module says of each row, and the keys of the first."""
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._keys: Tensor | None = None
-        self._handles = [
-            pl_module.register_forward_hook(self._after_module),
-            _encoder(pl_module).register_forward_hook(self._keep_keys),
-        ]
+        """Watch what the module says of each row."""
+        self._watch = watch(pl_module)
+        self._handles = self._watch.start_test()
 
-    def _after_module(self, _: nn.Module, args: Any, output: Tensor) -> None:
-        self._logits.append(output.float())
-
-    def _keep_keys(self, _: nn.Module, args: Any, output: Tensor) -> None:
-        if self._keys is None or len(self._keys) < _TIMED_KEYS:
-            new = output.detach()
-            self._keys = new if self._keys is None else torch.cat([self._keys, new])
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch a batch."""
+        self._watch.before_test_batch()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
     ) -> None:
-        """Keep the labels."""
-        self._labels.append(batch[1])
+        """Keep what was said of a batch."""
+        self._watch.after_test_batch(outputs, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record."""
         self._remove_hooks()
-        logits, labels = torch.cat(self._logits), torch.cat(self._labels).long()
-        measured, rows = quality(logits.log_softmax(-1), labels)
-        assert self._keys is not None
-        head: Any = pl_module.head
+        measured, rows = self._watch.result()
         record = Record(
             method=self.method,
             shots=self.shots,
             seed=self.seed,
             status="done",
             command=shlex.join([Path(sys.executable).name, "-m", "lightning_faast", *sys.argv[1:]]),
-            num_classes=logits.shape[1],
-            key_width=self._keys.shape[1],
-            test_rows=len(labels),
-            microseconds_1=microseconds(head, self._keys, 1),
-            microseconds_256=microseconds(head, self._keys, 256),
             device=device_name(pl_module.device),
             **measured,
             **self._figures,
@@ -161,20 +144,6 @@ class RecordRun(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _encoder(module: LightningModule) -> nn.Module:
-    encoder = getattr(module, "encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"RecordRun needs a module with an encoder and a head, and {type(module).__name__} has none.")
-    return encoder
-
-
-def _train_rows(trainer: Trainer) -> int:
-    try:
-        return len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-    except (AttributeError, TypeError):  # max_epochs=0: no loader was made
-        return 0
 
 
 def _sizes(trainer: Trainer, module: LightningModule) -> dict[str, int]:
@@ -200,3 +169,9 @@ def _sizes(trainer: Trainer, module: LightningModule) -> dict[str, int]:
         "bytes_to_update": held + sum(value.numel() * value.element_size() for value in moments),
         "parameters": sum(parameter.numel() for parameter in trained),
     }
+
+
+def _learned(module: LightningModule) -> dict[str, float]:
+    """Figures of what was solved; none of what was not."""
+    head = module.head
+    return head.figures() if isinstance(head, Learner) and head.rows else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from lightning_faast.associative.files import save_tensors, write_text
 
-#: Rows of the per-row file, all [test rows].
-ROW_COLUMNS = ("label", "predicted", "confidence", "log_likelihood")
+#: Rows of the per-row file, all [test rows]; ``block`` may be missing.
+ROW_COLUMNS = ("label", "predicted", "confidence", "log_likelihood", "block")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Record:
 
     Attributes:
         method: The overlay's name, such as ``"faast"``.
-        shots: Examples a class; None for all.
+        shots: Examples a class, or tokens learned; None for all.
         seed: Of the choice of examples, and of training.
         status: ``"done"``; ``"failed"`` where it ended in an error; ``"refused"`` where the method cannot do this.
         reason: Why it failed or was refused.
@@ -49,6 +50,10 @@ class Record:
         microseconds_256: The same per row in batches of 256.
         parameters: Numbers trained or solved.
         device: Where it ran.
+        unit: What shots and rows are: ``"shot"`` for labelled examples, ``"token"`` for running text.
+        bits_per_byte: Loss in bits for each byte of the scored text; None but for text.
+        tokens_per_second: Tokens of the test text through the model and its output layer in a second; likewise.
+        first_token_seconds: From a prompt to the first token that is generated; likewise.
         details: Further figures: the regularization's path, what was chosen, epochs.
     """
 
@@ -77,6 +82,10 @@ class Record:
     microseconds_256: float | None = None
     parameters: int | None = None
     device: str = ""
+    unit: str = "shot"
+    bits_per_byte: float | None = None
+    tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,6 +93,11 @@ class Record:
         """Adaptation time: encode, fit and solve; None where the run did not end."""
         parts = (self.seconds_encode, self.seconds_fit, self.seconds_solve)
         return None if None in parts else sum(part for part in parts if part is not None)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of running text: the exponential of the loss; None of anything else."""
+        return math.exp(self.loss) if self.unit == "token" and self.loss is not None else None
 
 
 @dataclass(frozen=True)
@@ -95,12 +109,15 @@ class Rows:
         predicted: The class of the highest probability, int64 [n].
         confidence: That probability, float32 [n].
         log_likelihood: Log probability of the right class, float32 [n].
+        block: Which rows belong together, such as the tokens of one window, int64 [n]: resamples draw them together.
+            None where rows are independent.
     """
 
     label: Tensor
     predicted: Tensor
     confidence: Tensor
     log_likelihood: Tensor
+    block: Tensor | None = None
 
     @classmethod
     def from_log_probabilities(cls, log_probabilities: Tensor, label: Tensor) -> Rows:
@@ -116,7 +133,8 @@ def save_record(record: Record, rows: Rows | None, path: Path) -> None:
     The JSON file is written last: where it is there, the record is whole.
     """
     if rows is not None:
-        save_tensors({name: getattr(rows, name) for name in ROW_COLUMNS}, path.with_suffix(".safetensors"), {})
+        columns = {name: column for name in ROW_COLUMNS if (column := getattr(rows, name)) is not None}
+        save_tensors(columns, path.with_suffix(".safetensors"), {})
     write_text(path, json.dumps(asdict(record), indent=1))
 
 
@@ -144,7 +162,7 @@ def load_rows(path: Path) -> Rows | None:
         return None
     try:
         tensors = load_file(file)
-        return Rows(**{name: tensors[name] for name in ROW_COLUMNS})
+        return Rows(**{name: tensors[name] for name in ROW_COLUMNS if name in tensors or name != "block"})
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({error}). Delete it and the JSON file beside it.") from error
 

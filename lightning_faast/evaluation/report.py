@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lightning_faast.associative.files import write_text
 from lightning_faast.evaluation import formats
-from lightning_faast.evaluation.findings import NOTES, findings, reasons
+from lightning_faast.evaluation.findings import findings, notes, reasons
 from lightning_faast.evaluation.page import page
 from lightning_faast.evaluation.plots import write_figures
 from lightning_faast.evaluation.summary import AVERAGED, Comparison, Entry, Estimate
@@ -65,32 +65,46 @@ def terminal(comparison: Comparison) -> Group:
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("Method", overflow="fold")
-    for name in ("Accuracy", "Δ points", "Loss", "ECE", "Adapt", "Encoded", "Update", "µs"):
+    text = comparison.unit == "token"
+    heads = ("Perplexity", "Loss", "Δ loss") if text else ("Accuracy", "Δ points", "Loss")
+    for name in (*heads, "ECE", "Adapt", "Encoded", "Update", "Tokens/s" if text else "µs"):
         table.add_column(name, justify="right", no_wrap=True)
     for shots in comparison.shots:
-        table.add_row(Text(formats.shots_title(shots), style="bold"))
+        table.add_row(Text(formats.shots_title(shots, comparison.unit), style="bold"))
         for entry in comparison.ranked(shots):
             reference = entry.method == comparison.reference
-            cells = [
-                formats.state(entry) or formats.accuracy_interval(entry.accuracy, low_high=False),
+            quality = [
+                formats.accuracy_interval(entry.accuracy, low_high=False),
                 "reference" if reference else formats.points(entry.difference),
                 formats.decimal(entry.loss),
+            ]
+            if text:
+                quality = [
+                    formats.perplexity(entry.perplexity),
+                    formats.decimal(entry.loss),
+                    "reference" if reference else formats.loss_difference(entry.loss_difference),
+                ]
+            cells = [
+                formats.state(entry) or quality[0],
+                *quality[1:],
                 formats.decimal(entry.calibration_error),
                 formats.duration(entry.seconds),
                 formats.count(entry.examples_encoded),
                 formats.size(entry.bytes_to_update),
-                formats.micro(entry.microseconds_256),
+                formats.count(entry.tokens_per_second) if text else formats.micro(entry.microseconds_256),
             ]
             style = "cyan" if reference else "" if entry.status == "done" else "dim"
             table.add_row(*(Text(cell, style=style) for cell in (entry.method, *cells)))
         table.add_section()
-    notes = [
-        "Δ: accuracy less the reference's, same test rows, 95 % paired interval. ECE: calibration error. Adapt: "
-        "encode, fit and solve. Encoded: examples through the encoder. Update: bytes to go on learning. µs: a "
-        "prediction, batch 256.",
+    what = "loss" if text else "accuracy"
+    encoded = "tokens through the model" if text else "examples through the encoder"
+    said = [
+        f"Δ: {what} less the reference's, same test {'tokens' if text else 'rows'}, 95 % paired interval. ECE: "
+        f"calibration error. Adapt: encode, fit and solve. Encoded: {encoded}. Update: bytes to go on learning. "
+        f"{'Tokens/s: of the test text.' if text else 'µs: a prediction, batch 256.'}",
         *reasons(comparison),
     ]
-    return Group(table, *(Text(note, style="dim") for note in notes))
+    return Group(table, *(Text(note, style="dim") for note in said))
 
 
 # ---------------------------------------------------------------------- Markdown and LaTeX
@@ -111,11 +125,49 @@ _HEADS = (
     "Batch 256, µs",
     "Parameters",
 )
+#: The same of running text; as many, the first three and the quality in the same places.
+_TOKEN_HEADS = (
+    "Method",
+    "Perplexity",
+    "Loss difference",
+    "Loss",
+    "Accuracy, %",
+    "ECE",
+    "Bits per byte",
+    "Adaptation",
+    "Tokens encoded",
+    "To predict",
+    "To update",
+    "First token",
+    "Tokens/s",
+    "Parameters",
+)
+
+
+def _heads(comparison: Comparison) -> tuple[str, ...]:
+    return _TOKEN_HEADS if comparison.unit == "token" else _HEADS
 
 
 def _cells(comparison: Comparison, entry: Entry) -> list[str]:
-    """One text for each of ``_HEADS``."""
+    """One text for each of :func:`_heads`."""
     reference = entry.method == comparison.reference
+    if comparison.unit == "token":
+        return [
+            entry.method,
+            formats.state(entry) or formats.perplexity(entry.perplexity),
+            "reference" if reference else formats.loss_difference(entry.loss_difference),
+            formats.decimal(entry.loss),
+            formats.accuracy_interval(entry.accuracy),
+            formats.decimal(entry.calibration_error),
+            formats.decimal(entry.bits_per_byte),
+            formats.duration(entry.seconds),
+            formats.count(entry.examples_encoded),
+            formats.size(entry.bytes_to_predict),
+            formats.size(entry.bytes_to_update),
+            formats.duration(entry.first_token_seconds),
+            formats.count(entry.tokens_per_second),
+            formats.count(entry.parameters),
+        ]
     return [
         entry.method,
         formats.state(entry) or formats.accuracy_interval(entry.accuracy),
@@ -139,12 +191,13 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"# {_markdown(comparison.title)}", ""]
     lines += [f"- {_markdown(finding)}" for finding in findings(comparison)]
     for shots in comparison.shots:
-        lines += ["", f"## {formats.shots_title(shots).capitalize()}", "", _row(_HEADS), _row(["---"] + ["---:"] * 13)]
+        title = formats.shots_title(shots, comparison.unit).capitalize()
+        lines += ["", f"## {title}", "", _row(_heads(comparison)), _row(["---"] + ["---:"] * 13)]
         lines += [_row(map(_markdown, _cells(comparison, entry))) for entry in comparison.ranked(shots)]
     without = reasons(comparison)
     if without:
         lines += ["", "## Without a result", "", *(f"- {_markdown(reason)}" for reason in without)]
-    lines += ["", "## How to read this", "", *(f"- {note}" for note in NOTES), "", "## Conditions", ""]
+    lines += ["", "## How to read this", "", *(f"- {note}" for note in notes(comparison)), "", "## Conditions", ""]
     lines += [f"- {_markdown(name)}: {_code(text)}" for name, text in comparison.about.items() if name != "title"]
     return "\n".join(lines) + "\n"
 
@@ -177,10 +230,13 @@ def latex(comparison: Comparison) -> str:
         f"\\caption{{{_latex(comparison.title)}. Brackets: 95\\,\\% intervals.}}",
         f"\\begin{{tabular}}{{l{'r' * (len(shown) - 1)}}}",
         "\\toprule",
-        " & ".join(_latex(_HEADS[i]) for i in shown) + r" \\",
+        " & ".join(_latex(_heads(comparison)[i]) for i in shown) + r" \\",
     ]
     for shots in comparison.shots:
-        lines += ["\\midrule", f"\\multicolumn{{{len(shown)}}}{{l}}{{{formats.shots_title(shots)}}} \\\\"]
+        lines += [
+            "\\midrule",
+            f"\\multicolumn{{{len(shown)}}}{{l}}{{{formats.shots_title(shots, comparison.unit)}}} \\\\",
+        ]
         for entry in comparison.ranked(shots):
             cells = [_latex(cell) for i, cell in enumerate(_cells(comparison, entry)) if i in shown]
             if entry.method == comparison.reference:
@@ -253,7 +309,8 @@ def runs_csv(comparison: Comparison) -> str:
     """One line a run: the record without its details."""
     lines = []
     for record in comparison.records:
-        line = asdict(record) | {"seconds": record.seconds, "shots": "all" if record.shots is None else record.shots}
+        line = asdict(record) | {"seconds": record.seconds, "perplexity": record.perplexity}
+        line["shots"] = "all" if record.shots is None else record.shots
         del line["details"]
         lines.append(line)
     return _csv(lines)

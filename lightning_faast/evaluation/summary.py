@@ -31,6 +31,10 @@ AVERAGED = (
     "microseconds_1",
     "microseconds_256",
     "parameters",
+    "perplexity",
+    "bits_per_byte",
+    "tokens_per_second",
+    "first_token_seconds",
 )
 _LEVEL = 0.95
 _RESAMPLES = 5000
@@ -131,6 +135,10 @@ class Entry:
     microseconds_1: float | None = None
     microseconds_256: float | None = None
     parameters: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
 
     @property
     def excess_calibration_error(self) -> float | None:
@@ -214,6 +222,11 @@ class Comparison:
         return tuple(sorted({record.shots for record in self.records}, key=_last))
 
     @property
+    def unit(self) -> str:
+        """What a shot is: ``"shot"`` for labelled examples, ``"token"`` for running text."""
+        return next((record.unit for record in self.records if record.status == "done"), self.records[0].unit)
+
+    @property
     def title(self) -> str:
         """What heads the report."""
         return self.about.get("title") or self.about.get("recipe") or "Comparison of methods"
@@ -224,9 +237,15 @@ class Comparison:
         return summarize(self)
 
     def ranked(self, shots: int | None) -> list[Entry]:
-        """The entries of a number of shots: the reference, then the most accurate, last those without a result."""
+        """The entries of a number of shots: the reference, then the best, last those without a result."""
         entries = [entry for entry in self.entries if entry.shots == shots]
-        return sorted(entries, key=lambda e: (e.method != self.reference, -e.accuracy.value if e.accuracy else 1.0))
+        return sorted(entries, key=lambda e: (e.method != self.reference, -self.merit(e)))
+
+    def merit(self, entry: Entry) -> float:
+        """By what entries are ranked, more is better: accuracy, or of running text the log-likelihood of a token."""
+        if self.unit == "token":
+            return -math.inf if entry.loss is None else -entry.loss
+        return entry.accuracy.value if entry.accuracy else -math.inf
 
     def entry(self, method: str, shots: int | None) -> Entry | None:
         """The entry of a method at a number of shots; None where nothing was run."""
@@ -238,7 +257,8 @@ def summarize(comparison: Comparison) -> tuple[Entry, ...]:
 
     Every paired interval is a percentile bootstrap (``scipy.stats.bootstrap``, 5,000 resamples, seed 0) of the mean
     over test rows of d_i, the difference of row i averaged over the seeds that both methods have. All methods share
-    the resamples, so that the same rows are drawn for each.
+    the resamples, so that the same rows are drawn for each. Rows that belong together (the tokens of a window) are
+    drawn together.
     """
     runs: dict[tuple[str, int | None], list[_Run]] = {}
     for record, rows in zip(comparison.records, comparison.rows, strict=True):
@@ -404,12 +424,14 @@ class _Pair:
     Attributes:
         correct: Of being right, float64 [seeds, n].
         loss: Of negative log likelihoods, float64 [seeds, n].
-        single: Being right, method and reference, float64 [2, n], where there is one seed.
+        single: Being right, method and reference, float64 [2, n], where there is one seed and rows are independent.
+        block: Which rows are drawn together, int64 [n]; None where each is drawn by itself.
     """
 
     correct: np.ndarray
     loss: np.ndarray
     single: np.ndarray | None
+    block: np.ndarray | None
 
 
 def _pair(runs: Sequence[_Run], reference: Sequence[_Run]) -> _Pair:
@@ -442,7 +464,10 @@ def _pair(runs: Sequence[_Run], reference: Sequence[_Run]) -> _Pair:
     loss = np.stack([[-r.log_likelihood.double().numpy() for r in pair] for pair in pairs])
     with np.errstate(invalid="ignore"):  # infinite losses: the difference is told apart later
         differences = loss[:, 0] - loss[:, 1]
-    return _Pair(correct[:, 0] - correct[:, 1], differences, correct[0] if len(pairs) == 1 else None)
+    block = pairs[0][0].block
+    block = None if block is None or len(block.unique()) < 2 else block.numpy()  # one alone cannot be resampled
+    single = correct[0] if len(pairs) == 1 and block is None else None
+    return _Pair(correct[:, 0] - correct[:, 1], differences, single, block)
 
 
 def _paired_estimates(pairs: Sequence[_Pair]) -> list[dict[str, object]]:
@@ -451,7 +476,8 @@ def _paired_estimates(pairs: Sequence[_Pair]) -> list[dict[str, object]]:
     columns = []
     for pair in pairs:
         finite = bool(np.isfinite(pair.loss).all())  # a memory may give the right class no probability at all
-        columns += [pair.correct.mean(0), pair.loss.mean(0) if finite else np.zeros_like(pair.loss[0])]
+        loss = pair.loss.mean(0) if finite else np.zeros_like(pair.loss[0])
+        columns += [_Column.of(values, pair.block) for values in (pair.correct.mean(0), loss)]
         p = None
         if pair.single is not None:
             a, b = pair.single.astype(bool)
@@ -465,17 +491,40 @@ def _paired_estimates(pairs: Sequence[_Pair]) -> list[dict[str, object]]:
     return found
 
 
-def _bootstrap(columns: Sequence[np.ndarray]) -> list[Estimate]:
-    """The mean of each column [n] with its percentile interval over rows; columns of one length share the resamples."""
-    found: dict[int, Estimate] = {}
-    for n in {len(column) for column in columns}:
-        places = [i for i, column in enumerate(columns) if len(column) == n]
-        values = np.stack([columns[i] for i in places], axis=1)
+@dataclass(frozen=True)
+class _Column:
+    """A figure of every test row, summed over the rows that are drawn together.
 
-        def means(draws: np.ndarray, axis: int, n: int = n, values: np.ndarray = values) -> np.ndarray:
+    Attributes:
+        sums: float64 [n].
+        sizes: How many rows each is the sum of, float64 [n].
+    """
+
+    sums: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, block: np.ndarray | None) -> _Column:
+        if block is None:
+            return cls(values, np.ones(len(values)))
+        _, places = np.unique(block, return_inverse=True)
+        return cls(np.bincount(places, values), np.bincount(places).astype(float))
+
+
+def _bootstrap(columns: Sequence[_Column]) -> list[Estimate]:
+    """The mean of each column over rows with its percentile interval; columns of one length share the resamples."""
+    found: dict[int, Estimate] = {}
+    for n in {len(column.sums) for column in columns}:
+        places = [i for i, column in enumerate(columns) if len(column.sums) == n]
+        sums = np.stack([columns[i].sums for i in places], axis=1)
+        sizes = np.stack([columns[i].sizes for i in places], axis=1)
+
+        def means(
+            draws: np.ndarray, axis: int, n: int = n, sums: np.ndarray = sums, sizes: np.ndarray = sizes
+        ) -> np.ndarray:
             # How often each row was drawn, times the rows: one product for all columns.
             counts = np.stack([np.bincount(draw, minlength=n) for draw in draws.reshape(-1, n)]).astype(float)
-            return np.moveaxis((counts @ values / n).reshape(*draws.shape[:-1], -1), -1, 0)
+            return np.moveaxis((counts @ sums / (counts @ sizes)).reshape(*draws.shape[:-1], -1), -1, 0)
 
         interval = (
             require("scipy.stats", "compare")
@@ -490,7 +539,8 @@ def _bootstrap(columns: Sequence[np.ndarray]) -> list[Estimate]:
             )
             .confidence_interval
         )
-        for i, mean, low, high in zip(places, values.mean(0), interval.low, interval.high, strict=True):
+        whole = sums.sum(0) / sizes.sum(0)
+        for i, mean, low, high in zip(places, whole, interval.low, interval.high, strict=True):
             found[i] = Estimate(float(mean), float(low), float(high))
     return [found[i] for i in range(len(columns))]
 

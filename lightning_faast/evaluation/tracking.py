@@ -19,6 +19,8 @@ METRICS = {
     "test/accuracy_high": "accuracy_high",
     "test/mean_class_accuracy": "mean_class_accuracy",
     "test/loss": "loss",
+    "test/perplexity": "perplexity",
+    "test/bits_per_byte": "bits_per_byte",
     "test/calibration_error": "calibration_error",
     "adaptation/seconds": "seconds",
     "adaptation/seconds_encode": "seconds_encode",
@@ -31,6 +33,8 @@ METRICS = {
     "memory/bytes_to_update": "bytes_to_update",
     "prediction/microseconds_1": "microseconds_1",
     "prediction/microseconds_256": "microseconds_256",
+    "prediction/tokens_per_second": "tokens_per_second",
+    "prediction/first_token_seconds": "first_token_seconds",
 }
 #: What the metrics are drawn against. Not shots: where all examples are taken, classes have different numbers of them.
 STEP = "train_rows"
@@ -91,7 +95,9 @@ def log_comparison(
             for entry in entries:
                 if entry.status == "done":
                     train_rows = rows[entry.shots]
-                    steps = {STEP: train_rows, "examples_per_class": train_rows / num_classes}
+                    steps = {STEP: train_rows}
+                    if comparison.unit == "shot":
+                        steps["examples_per_class"] = train_rows / num_classes
                     run.log(steps | _metrics(entry))
             run.summary.update(_outcome(entries))
 

@@ -140,12 +140,15 @@ class FastWeightLM(nn.Module):
         Raises:
             RuntimeError: Where none is.
         """
-        self._refuse_unused()
-        return self.adaptations[str(self.active)]
-
-    def _refuse_unused(self) -> None:
         if self.active is None:
             raise RuntimeError("No adaptation is in use: call use(name) first.")
+        return self.adaptations[self.active]
+
+    @property
+    def _tap(self) -> Tap:
+        """What connects the layer of the adaptation in use; as :attr:`learner`."""
+        _ = self.learner
+        return self._taps[str(self.active)]
 
     def _compile_again(self) -> None:
         """Compiled code does not see hooks that come or go."""
@@ -173,7 +176,6 @@ class FastWeightLM(nn.Module):
                 states. Model and sums are then as they were (on devices other than the CPU, tokens, masks and states
                 are looked at later: by the next solve).
         """
-        self._refuse_unused()
         self._check_tokens(input_ids, "input_ids")
         labels = pair_labels(input_ids, attention_mask, labels)
         if labels.device.type == "cpu" and not bool((labels != IGNORED).any()):
@@ -193,8 +195,7 @@ class FastWeightLM(nn.Module):
     def watching(self) -> Iterator[list[Tensor]]:
         """While open, the keys [B, T, k] of every call are appended to the list: what was predicted can be learned."""
         self._ready()
-        _ = self.learner  # says so where none is in use
-        with self._taps[str(self.active)].watching() as watched:
+        with self._tap.watching() as watched:
             yield watched
 
     @contextmanager
@@ -243,7 +244,7 @@ class FastWeightLM(nn.Module):
             inputs["attention_mask"] = mask = attention_mask.to(device)
             if "position_ids" in architecture.arguments(self._eager):  # padding on the left does not count
                 inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        tap = self._taps[str(self.active)]
+        tap = self._tap
         with architecture.evaluating(self._eager), tap.reading() as read:
             architecture.run(self._eager, **inputs)
         if len(read) != 1:
@@ -436,7 +437,11 @@ def _fingerprint(model: nn.Module) -> Tensor:
 
 
 def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
-    """Raise ValueError where two fingerprints are of different models."""
+    """Refuse first elements of weights that are not those of this model.
+
+    Raises:
+        ValueError: Where they differ by more than the rounding of half precision.
+    """
     same = mine.shape == theirs.shape
     if not same or not torch.allclose(
         mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())

@@ -241,7 +241,7 @@ class KNNLM(HiddenLearner):
         if surplus is not None:
             self._bank.update(self._stored(surplus[0]), surplus[1])
         self._bank.reduce(gather_here, torch.device("cpu"))
-        like = torch.empty(0, self.in_features, dtype=self.output.module.weight.dtype, device=device)
+        like = torch.empty(0, self.in_features or 0, dtype=self.output.module.weight.dtype, device=device)
         self._held.gather(gather, like)
         if self.base is not None:
             self.base.reduce(add, gather)

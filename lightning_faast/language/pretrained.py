@@ -29,22 +29,30 @@ def load_model(
     Raises:
         FileNotFoundError: Where a folder is not there.
         ConnectionError: Where the model is on the hub and cannot be downloaded.
+        ValueError: Where weights are missing, or the model brings code that may not run.
     """
     kind = require("transformers", "text").AutoModelForCausalLM
-    numbers = dtype if dtype == "auto" else getattr(torch, dtype)
-    return _load(kind, name, gguf_file=gguf_file, dtype=numbers, trust_remote_code=trust_remote_code).eval()
+    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "output_loading_info": True}
+    model, info = _load(kind, name, gguf_file, trust_remote_code=trust_remote_code, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would leave them random and only log it
+        raise ValueError(
+            f"The weights of model_name={name!r} lack {len(missing)} tensors of a {type(model).__name__}: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. Is it a causal language model?"
+        )
+    return model.eval()
 
 
 def load_tokenizer(name: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model; arguments and errors as of :func:`load_model`."""
     kind = require("transformers", "text").AutoTokenizer
-    return _load(kind, name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    return _load(kind, name, gguf_file, trust_remote_code=trust_remote_code)
 
 
 def _load(kind: Any, name: str, gguf_file: str | None, **options: Any) -> Any:
     _check_place(name)
     if gguf_file is not None:
-        require("gguf", "text")
+        require("gguf", "gguf")
         options["gguf_file"] = gguf_file
     try:
         return kind.from_pretrained(name, **options)
@@ -54,6 +62,13 @@ def _load(kind: Any, name: str, gguf_file: str | None, **options: Any) -> Any:
         raise ConnectionError(
             f"The model {name!r} is not in the local cache and cannot be downloaded ({error}). On a machine that "
             "reaches no hub, give a folder that holds a copy instead (--model.model_name=DIR)."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model_name={name!r} brings Python code of its own, which is not run. If you trust it, set "
+            "trust_remote_code=True (--model.trust_remote_code=true)."
         ) from error
 
 

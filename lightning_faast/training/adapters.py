@@ -12,7 +12,8 @@ from lightning_faast.data.extras import require
 _ATTENTION_LINEARS = (
     *("qkv", "q", "k", "v", "proj"),
     *("query", "key", "value", "q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
-    *("q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "c_proj"),
+    *("q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "c_proj", "o"),
+    *("query_proj", "key_proj", "value_proj", "qkv_proj", "query_key_value", "Wqkv", "Wo"),
 )
 
 
@@ -128,7 +129,8 @@ class FullFinetuning(Adapter):
             if isinstance(part, nn.ModuleList | nn.Sequential) and any(p.requires_grad for p in part.parameters())
         ]
         path, stack = max(stacks, key=lambda named: len(named[1]), default=("", nn.ModuleList()))
-        layers = [name for name, _ in stack.named_children()]
+        # those above the layer that is read are not trained
+        layers = [name for name, layer in stack.named_children() if not is_frozen(layer)]
         if len(layers) < 2 and self.layer_decay < 1:
             raise ValueError(
                 f"layer_decay={self.layer_decay}, but the encoder {_describe(encoder)} has no nn.ModuleList or "
@@ -139,12 +141,12 @@ class FullFinetuning(Adapter):
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
         outside = 0
         for name, parameter in encoder.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if layers and name.startswith(prefix):
                 layer, outside = layers.index(name.removeprefix(prefix).split(".")[0]), last
             else:
                 layer = outside
-            if not parameter.requires_grad:
-                continue
             decay = {} if parameter.ndim > 1 else {"weight_decay": 0.0}
             group = {"params": [], "lr_scale": self.layer_decay ** (last - layer), **decay}
             groups.setdefault((layer, bool(decay)), group)["params"].append(parameter)
@@ -249,7 +251,7 @@ def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, layer in encoder.named_modules():
         path, _, leaf = name.rpartition(".")
-        inside = "attn" in path or "attention" in path
+        inside = "attn" in path.lower() or "attention" in path.lower()
         # exactly: what nn.MultiheadAttention holds is a subclass
         if not inside or leaf not in _ATTENTION_LINEARS or not (type(layer) is nn.Linear or _is_conv1d(layer)):
             continue
@@ -261,9 +263,12 @@ def attention_linears(encoder: nn.Module) -> dict[str, nn.Module]:
 
 
 def _input_parameters(encoder: nn.Module) -> list[nn.Parameter]:
-    """All parameters, or those of the image tower of a CLIP model, whose text tower gives values and is not trained."""
-    towers: Any = next((part for part in encoder.modules() if hasattr(part, "image_parameters")), None)
-    return list(encoder.parameters() if towers is None else towers.image_parameters())
+    """All parameters, or those that an encoder says its inputs pass through.
+
+    Of a CLIP model they are those of the image tower, as the text tower gives values and is not trained.
+    """
+    part: Any = next((part for part in encoder.modules() if hasattr(part, "input_parameters")), None)
+    return list(encoder.parameters() if part is None else part.input_parameters())
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

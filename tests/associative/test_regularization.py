@@ -236,7 +236,7 @@ def test_automatic_takes_the_most_probable_ridge_where_every_row_is_held(multila
 
 
 @pytest.mark.parametrize(
-    "options", [{"reservoir_size": 0}, {"reservoir_size": 59}, {"readout": "regression"}], ids=lambda o: str(o)
+    "options", [{"reservoir_size": 0}, {"reservoir_size": 29}, {"readout": "regression"}], ids=lambda o: str(o)
 )
 def test_automatic_is_gcv_elsewhere(options):
     keys, labels = blobs(60, 8, 3)

@@ -1,5 +1,8 @@
 """A uniform sample that does not depend on batches, merges over streams, and is bounded."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 
@@ -42,11 +45,31 @@ def test_another_seed_keeps_other_rows():
     assert len(filled(seed=2**70)) == len(filled(seed=-5)) == 20
 
 
-def test_a_short_stream_is_held_completely():
-    sample = filled(15)
+@pytest.mark.parametrize("batch", [1, 7, 500])
+@pytest.mark.parametrize("n", [15, 40])
+def test_a_short_stream_is_held_completely(n, batch):
+    sample = filled(n, batch=batch)
     assert sample.complete
-    assert held(sample) == list(range(15))
+    assert held(sample) == list(range(n))
     assert not Reservoir(0).complete
+
+
+@pytest.mark.parametrize("batch", [1, 7, 500])
+def test_a_stream_that_grows_long_is_sampled(batch):
+    sample = filled(41, batch=batch)
+    assert (len(sample), sample.seen, sample.complete) == (20, 41, False)
+    assert held(sample) == held(filled(41))
+    assert set(held(filled(500))) & set(range(41)) <= set(held(sample)), "what stays of a longer one was there before"
+    assert sample.num_bytes == 20 * (8 + 3 * 4 + 8 + 8)
+
+
+@pytest.mark.parametrize("split", [5, 20, 25, 40])
+@pytest.mark.parametrize("n", [40, 41, 60])
+def test_merging_short_streams_is_sampling_the_whole(n, split):
+    merged = filled(split)
+    merged.merge(filled(n - split, start=split))
+    assert held(merged) == held(filled(n))
+    assert (merged.seen, merged.complete) == (n, n <= 40)
 
 
 def test_merging_streams_is_sampling_the_whole():
@@ -56,19 +79,30 @@ def test_merging_streams_is_sampling_the_whole():
     assert merged.seen == 500
 
 
-def test_gathering_processes_is_sampling_the_whole():
-    parts = [filled(200), Reservoir(20), filled(300, start=200)]
+@pytest.mark.parametrize("lengths", [(200, 0, 300), (10, 0, 20), (30, 0, 15), (5, 0, 0), (0, 0, 0)])
+def test_gathering_processes_is_sampling_the_whole(lengths):
+    starts = [0, lengths[0], lengths[0]]
+    parts = [filled(n, start=start) if n else Reservoir(20) for n, start in zip(lengths, starts, strict=True)]
     empty = {"keys": torch.empty(0, 3), "values": torch.empty(0, dtype=torch.long), "weights": torch.empty(0).double()}
-    sent = []
-    for part in parts:  # what each process would send, in order
-        mine = []
-        part.gathered(lambda tensor, mine=mine: mine.append(tensor) or [tensor], empty)
-        sent.append(mine)
-    for part in parts:
-        calls = iter(zip(*sent, strict=True))
-        found = part.gathered(lambda tensor, calls=calls: list(next(calls)), empty)
-        assert held(found) == held(filled(500))
-        assert found.seen == 500
+    sent, everyone = [None] * 3, Barrier(3)
+
+    def gathered(process):
+        def gather(tensor):
+            sent[process] = tensor
+            everyone.wait()
+            received = list(sent)
+            everyone.wait()
+            assert len({(t.shape, t.dtype) for t in received}) == 1, "a collective needs equal shapes"
+            return received
+
+        return parts[process].gathered(gather, empty)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(gathered, range(3)))
+    for one in found:
+        assert len(one) == 0 if sum(lengths) == 0 else held(one) == held(filled(sum(lengths)))
+        assert one.seen == sum(lengths)
+        assert one.complete == (0 < sum(lengths) <= 40)
 
 
 def test_switched_off_it_only_counts():

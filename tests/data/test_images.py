@@ -556,7 +556,7 @@ class TestFewShot:
 
     def test_short_classes_are_named_once(self, layout):
         module = ImageDataModule(str(layout), limit_per_class=11, data_config=CONFIG)
-        with pytest.warns(UserWarning, match=r"fewer images.*a \(10\), b \(10\)"):
+        with pytest.warns(UserWarning, match=r"fewer rows.*a \(10\), b \(10\)"):
             module.setup("fit")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -5,27 +5,6 @@ import random
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-_WORDS = [
-    "the",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "house",
-    "red",
-    "blue",
-    "and",
-    "then",
-    "it",
-    "was",
-    "é",
-    "<unk>",
-]
-
 
 def lines(count, seed=0):
     """Sentences that a rule makes."""

@@ -52,7 +52,7 @@ def test_shared_cache_equals_whole_prompts(make: Any, batch_size: int) -> None:
     expected = one_by_one(model, classifier._prefix, prompts, classifier.label_words.label_ids)
     torch.testing.assert_close(found, expected.log_softmax(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(classifier.predict_log_proba(TEXTS), found)  # the cache is as it was
-    assert torch.equal(classifier.predict_log_proba(TEXTS[2:]), found[2:])
+    torch.testing.assert_close(classifier.predict_log_proba(TEXTS[2:]), found[2:], rtol=1e-5, atol=1e-5)
     assert classifier.figures()["demonstrations"] == 3
     assert known.decode(classifier._prefix).startswith("Tell the mood . Review : a dull film Mood : bad .")
 
@@ -116,12 +116,8 @@ def test_beginning_of_text_comes_once() -> None:
     label_words = classifier.label_words
     assert label_words.batch(TEXTS[:1], [0])["input_ids"][0, 0] == 2
     prompts, _ = label_words.prompts(TEXTS)
-    expected = one_by_one(llama_of(classifier), [2], prompts, label_words.label_ids)
+    expected = one_by_one(classifier.model, [2], prompts, label_words.label_ids)
     torch.testing.assert_close(label_words.log_likelihoods(classifier.model, TEXTS), expected, rtol=1e-5, atol=1e-5)
-
-
-def llama_of(classifier: InContextClassifier) -> Any:
-    return classifier.model
 
 
 def test_classes_come_in_turn() -> None:

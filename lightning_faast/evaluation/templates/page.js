@@ -110,7 +110,7 @@
     accuracy_memory: againstCost("bytes", "Bytes to go on learning, log", data.sizeTicks),
 
     accuracy_shots: () => ({
-      x: { label: "Labelled examples a class, log", ticks: data.shots.map((name, i) => [data.places[i], name]) },
+      x: { label: data.shotsLabel, ticks: data.shots.map((name, i) => [data.places[i], name]) },
       y: { label: "Accuracy, %" },
       series: byMethod(data.entries, (e) => {
         const [title, lines] = facts(e);
@@ -430,7 +430,7 @@
         body.hidden = state.shots !== null && Number(body.dataset.shots) !== state.shots;
       }
       charts.forEach((chart) => chart.draw());
-      status.textContent = state.shots === null ? "Every number of shots" : shotsText(state.shots);
+      status.textContent = state.shots === null ? `Every number of ${data.unit}s` : shotsText(state.shots);
     });
   }
 
