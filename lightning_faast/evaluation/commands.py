@@ -137,6 +137,8 @@ def fewshot(args: Sequence[str]) -> int:
     Returns:
         The exit status 0.
     """
+    from lightning_faast.evaluation.methods import find_method, is_language, resolve
+
     parser = argparse.ArgumentParser(
         prog=f"{_PROGRAM} fewshot",
         usage=f"{_PROGRAM} fewshot --recipe RECIPE [--methods A,B] [--ways N] [--shots 1,5] [--OPTION=VALUE ...]",
@@ -160,6 +162,8 @@ def fewshot(args: Sequence[str]) -> int:
     add("--keys", type=Path, metavar="DIR", help="where encoded keys are kept (default: see the verb keys)")
     given, options = parser.parse_known_args(list(args))
     _refuse_stray(parser, options)
+    if is_language(given.recipe):
+        parser.error(f"--recipe {given.recipe}: episodes are of labelled rows, and its model is a language model.")
     if None in given.shots:
         parser.error("--shots all: an episode has a number of support rows; write numbers, such as 1,5.")
 
@@ -171,7 +175,6 @@ def fewshot(args: Sequence[str]) -> int:
     from lightning_faast.evaluation.fewshot import run
     from lightning_faast.evaluation.frozen import Bench
     from lightning_faast.evaluation.keys import KeyStore
-    from lightning_faast.evaluation.methods import find_method, resolve
 
     methods = [find_method(name, given.recipe, options) for name in dict.fromkeys(given.methods)]
     for method in methods:

@@ -83,13 +83,12 @@ def findings(comparison: Comparison) -> list[str]:
     if not any(entry.method == comparison.reference for entry in done):
         return [f"{comparison.reference}, the reference, has no run that ended.", *_unfinished(comparison)]
     others = [entry for entry in done if entry.method != comparison.reference]
-    judged = (
-        [_losses(others), _verdicts(others)] if comparison.unit == "token" else [_verdicts(others), _losses(others)]
-    )
+    # of running text the accuracy of the next token matters less than its loss
+    judged = [] if comparison.unit == "token" else _verdicts(others)
     return [
         *_ranks(comparison, done),
-        *judged[0],
-        *judged[1],
+        *judged,
+        *_losses(others),
         *_calibration(comparison),
         *_costs(comparison, "seconds", "adapts in", duration),
         *_costs(comparison, "bytes_to_update", "needs for learning on", size),

@@ -14,9 +14,12 @@ from lightning_faast.evaluation.findings import findings, notes, reasons, verdic
 from lightning_faast.evaluation.palette import MARKS, THEMES, style
 from lightning_faast.evaluation.plots import (
     CROWDED,
+    QUALITY,
+    QUALITY_LABELS,
     SHOTS_LABELS,
     SPARSE,
     TIME_TICKS,
+    plotted,
     reliability_shots,
     shot_places,
 )
@@ -120,7 +123,7 @@ def page(comparison: Comparison, drawings: Mapping[str, bytes]) -> str:
         columns=_TOKEN_COLUMNS if comparison.unit == "token" else _COLUMNS,
         groups=[[_line(comparison, entry) for entry in comparison.ranked(shots)] for shots in comparison.shots],
         matrix=[(m, [_cell(comparison, comparison.entry(m, s)) for s in comparison.shots]) for m in comparison.others],
-        charts=[(*chart, _images(drawings, chart[0])) for chart in _CHARTS if chart[0] in drawings],
+        charts=[(*chart, _images(drawings, chart[0])) for chart in _charts(comparison) if chart[0] in drawings],
         methods=_methods(comparison),
         themes=THEMES,
         data=_data(comparison),
@@ -128,6 +131,19 @@ def page(comparison: Comparison, drawings: Mapping[str, bytes]) -> str:
         script=script,
         script_digest=digest,
     )
+
+
+def _charts(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Name, title and text of each chart; where perplexity is drawn, less is better."""
+    if comparison.unit == "shot":
+        return list(_CHARTS)
+    titles = {"accuracy_time": "adaptation time", "accuracy_shots": "tokens learned", "accuracy_memory": "memory"}
+    texts = {name: text.replace("Up and", "Down and") for name, _, text in _CHARTS}
+    texts["accuracy_shots"] = "Less is better."
+    return [
+        (name, f"{QUALITY['token']} against {titles[name]}" if name in titles else title, texts[name])
+        for name, title, _ in _CHARTS
+    ]
 
 
 def _images(drawings: Mapping[str, bytes], name: str) -> tuple[str, str]:
@@ -258,6 +274,8 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "titles": [formats.shots_title(number, comparison.unit) for number in shots],
         "shotsLabel": SHOTS_LABELS[comparison.unit],
         "unit": comparison.unit,
+        "quality": QUALITY[comparison.unit],
+        "qualityLabel": QUALITY_LABELS[comparison.unit],
         "places": [places[number] for number in shots],
         "reliabilityShots": shots.index(reliability_shots(comparison)),
         "sparse": SPARSE,
@@ -268,12 +286,12 @@ def _data(comparison: Comparison) -> dict[str, Any]:
             {
                 "method": methods.index(entry.method),
                 "shots": shots.index(entry.shots),
-                "accuracy": [100 * entry.accuracy.value, 100 * entry.accuracy.low, 100 * entry.accuracy.high],
+                "quality": quality,
                 "seconds": entry.seconds,
                 "bytes": entry.bytes_to_update,
                 "texts": {
-                    "accuracy": f"{formats.accuracy_interval(entry.accuracy)} %",
-                    "difference": f"{formats.points(entry.difference)} points" if entry.difference else "",
+                    "quality": _quality_text(comparison, entry),
+                    "difference": _difference_text(comparison, entry),
                     "seconds": formats.duration(entry.seconds),
                     "bytes": formats.size(entry.bytes_to_update),
                 },
@@ -281,9 +299,23 @@ def _data(comparison: Comparison) -> dict[str, Any]:
                 "path": _path(entry),
             }
             for entry in comparison.entries
-            if entry.accuracy is not None
+            if (quality := plotted(comparison, entry)) is not None
         ],
     }
+
+
+def _quality_text(comparison: Comparison, entry: Entry) -> str:
+    if comparison.unit == "token":
+        return f"{formats.perplexity(entry.perplexity)}, accuracy {formats.accuracy_interval(entry.accuracy)} %"
+    return f"{formats.accuracy_interval(entry.accuracy)} %"
+
+
+def _difference_text(comparison: Comparison, entry: Entry) -> str:
+    if _compared(comparison, entry) is None:
+        return ""
+    if comparison.unit == "token":
+        return f"{formats.loss_difference(entry.loss_difference)} nats"
+    return f"{formats.points(entry.difference)} points"
 
 
 def _path(entry: Entry) -> dict[str, Any] | None:

@@ -22,6 +22,9 @@ _LABEL = 8.5  # points of a direct label
 SPARSE = 10
 #: With more methods than these, names beside scattered marks would cover them: a legend it is.
 CROWDED = 9
+#: What is plotted of how well a method predicts, and what its axis is called, by the comparison's unit.
+QUALITY = {"shot": "Accuracy", "token": "Perplexity"}
+QUALITY_LABELS = {"shot": "Accuracy, %", "token": "Perplexity, log"}
 #: What an axis of shots is called, by the comparison's unit.
 SHOTS_LABELS = {"shot": "Labelled examples a class, log", "token": "Tokens learned, log"}
 #: Where an axis of seconds has its ticks.
@@ -218,21 +221,26 @@ def apart(heights: Sequence[float], gap: float, low: float = -math.inf, high: fl
 def _against_cost(
     canvas: _Canvas, cost: str, title: str, label: str, unit: Callable[[float], str], ticks: Sequence[float] | None
 ) -> bool:
-    """Accuracy against a cost, one line a method from few shots to many; a cost of 0 has no place on a log axis."""
+    """Quality against a cost, one line a method from few shots to many; a cost of 0 has no place on a log axis."""
     axes = canvas.figure.add_subplot()
     crowded = len(canvas.methods) > CROWDED
     for method in canvas.methods:
-        known = [e for e in _done(canvas.comparison, method) if e.accuracy is not None and (getattr(e, cost) or 0) > 0]
+        known = [
+            (getattr(e, cost), quality[0])
+            for e in _done(canvas.comparison, method)
+            if (quality := plotted(canvas.comparison, e)) is not None and (getattr(e, cost) or 0) > 0
+        ]
         if not known:
             continue
-        x, y = [getattr(e, cost) for e in known], [100 * e.accuracy.value for e in known if e.accuracy]
+        x, y = [x for x, _ in known], [y for _, y in known]
         canvas.line(axes, method, x, y, label=method)
         if not crowded:
             canvas.name(method, x[-1], y[-1])
     if not axes.lines:
         return False
     axes.set_xscale("log")
-    axes.set(title=title, xlabel=label, ylabel="Accuracy, %")
+    axes.set(title=f"{QUALITY[canvas.comparison.unit]} against {title}", xlabel=label)
+    _quality_axis(canvas, axes)
     axes.margins(x=0.05)
     low, high = axes.get_xlim()
     if ticks is not None:
@@ -249,41 +257,66 @@ def _against_cost(
 
 
 def _accuracy_time(canvas: _Canvas) -> bool:
-    title = "Accuracy against adaptation time"
-    return _against_cost(canvas, "seconds", title, "Adaptation time, log", duration, TIME_TICKS)
+    return _against_cost(canvas, "seconds", "adaptation time", "Adaptation time, log", duration, TIME_TICKS)
 
 
 def _accuracy_memory(canvas: _Canvas) -> bool:
     label = "Bytes to go on learning, beside the encoder, log"
-    return _against_cost(canvas, "bytes_to_update", "Accuracy against memory", label, size, None)
+    return _against_cost(canvas, "bytes_to_update", "memory", label, size, None)
 
 
 def _accuracy_shots(canvas: _Canvas) -> bool:
-    """Accuracy with its 95 % interval at each number of shots; "all" takes the next place at the right."""
+    """Quality with its 95 % interval at each number of shots; "all" takes the next place at the right."""
     axes = canvas.figure.add_subplot()
     places = shot_places(canvas.comparison.shots)
     for method in canvas.methods:
-        known = [(places[e.shots], e.accuracy) for e in _done(canvas.comparison, method) if e.accuracy is not None]
+        known = [
+            (places[e.shots], quality)
+            for e in _done(canvas.comparison, method)
+            if (quality := plotted(canvas.comparison, e)) is not None
+        ]
         if not known:
             continue
         x = [place for place, _ in known]
-        low, high = [100 * a.low for _, a in known], [100 * a.high for _, a in known]
+        low, high = [quality[1] for _, quality in known], [quality[2] for _, quality in known]
         if method == canvas.comparison.reference:
             axes.fill_between(x, low, high, color=canvas.theme.accent, alpha=0.16, lw=0, zorder=2)
         else:
             axes.vlines(x, low, high, color=canvas.look(method)["color"], lw=0.9, alpha=0.45, zorder=2)
-        canvas.line(axes, method, x, [100 * a.value for _, a in known])
-        canvas.name(method, x[-1], 100 * known[-1][1].value)
+        canvas.line(axes, method, x, [quality[0] for _, quality in known])
+        canvas.name(method, x[-1], known[-1][1][0])
     if not axes.lines:
         return False
     axes.set_xticks(list(places.values()), [shots_name(shots) for shots in places])
     unit = canvas.comparison.unit
-    axes.set(title=f"Accuracy against {unit}s", xlabel=SHOTS_LABELS[unit], ylabel="Accuracy, %")
+    axes.set(title=f"{QUALITY[unit]} against {unit}s", xlabel=SHOTS_LABELS[unit])
+    _quality_axis(canvas, axes)
     left, right = min(places.values()), max(places.values())
     axes.set_xlim(left - 0.3, right + max(1.0, 0.36 * (right - left)))
     axes.grid(axis="x", visible=False)
     canvas.place_labels(axes)
     return True
+
+
+def plotted(comparison: Comparison, entry: Entry) -> tuple[float, float, float] | None:
+    """How high an entry lies on the axis of quality, with its interval: accuracy in percent, or perplexity.
+
+    The interval of a perplexity by itself is not known.
+    """
+    if comparison.unit == "token":
+        height = entry.perplexity
+        return None if height is None else (height, height, height)
+    accuracy = entry.accuracy
+    return None if accuracy is None else (100 * accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
+
+
+def _quality_axis(canvas: _Canvas, axes: Any) -> None:
+    unit = canvas.comparison.unit
+    axes.set_ylabel(QUALITY_LABELS[unit])
+    if unit == "token":
+        axes.set_yscale("log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:g}")
 
 
 def shot_places(shots: Sequence[int | None]) -> dict[int | None, float]:

@@ -213,7 +213,8 @@ class LanguageModule(TrainableModule):
 
     def _log_metrics(self, stage: str, metrics: TokenMetrics) -> None:
         # computed here, since a metric of several figures cannot be logged as it is; it sums over processes itself
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.compute().items()})
+        figures = {f"{stage}/{name}": value.float() for name, value in metrics.compute().items()}
+        self.log_dict(figures, sync_dist=True)  # the same on every process
         metrics.reset()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@
   }
 
   function facts(entry, ...more) {
-    const lines = [`Accuracy ${entry.texts.accuracy}`];
+    const lines = [`${data.quality} ${entry.texts.quality}`];
     if (entry.texts.difference) lines.push(`Difference ${entry.texts.difference}`);
     return [`${data.methods[entry.method].name}, ${shotsText(entry.shots)}`, [...lines, ...more]];
   }
@@ -97,10 +97,10 @@
     return () => ({
       crowded: data.crowded,
       x: { log: true, label, ticks },
-      y: { label: "Accuracy, %" },
+      y: { label: data.qualityLabel, log: data.unit === "token" },
       series: byMethod(data.entries.filter((e) => shown(e) && e[cost] > 0), (e) => {
         const [title, lines] = facts(e, `Adaptation ${e.texts.seconds}`, `To update ${e.texts.bytes}`);
-        return [{ x: e[cost], y: e.accuracy[0], title, lines }];
+        return [{ x: e[cost], y: e.quality[0], title, lines }];
       }),
     });
   }
@@ -111,10 +111,10 @@
 
     accuracy_shots: () => ({
       x: { label: data.shotsLabel, ticks: data.shots.map((name, i) => [data.places[i], name]) },
-      y: { label: "Accuracy, %" },
+      y: { label: data.qualityLabel, log: data.unit === "token" },
       series: byMethod(data.entries, (e) => {
         const [title, lines] = facts(e);
-        return [{ x: data.places[e.shots], y: e.accuracy[0], low: e.accuracy[1], high: e.accuracy[2], title, lines }];
+        return [{ x: data.places[e.shots], y: e.quality[0], low: e.quality[1], high: e.quality[2], title, lines }];
       }),
     }),
 
