@@ -442,10 +442,9 @@ def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
     Raises:
         ValueError: Where they differ by more than the rounding of half precision.
     """
-    same = mine.shape == theirs.shape
-    if not same or not torch.allclose(
-        mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())
-    ):
+    theirs = theirs.to(mine)
+    scale = mine.abs().mean() if mine.numel() else 0.0
+    if mine.shape != theirs.shape or bool(((mine - theirs).abs() > _SAME_MODEL * (scale + theirs.abs())).any()):
         raise ValueError(
             "The adaptation was learned with another model: statistics mean something only with the weights they were "
             "taken at. Load that model, or learn again."
