@@ -1,5 +1,6 @@
 """Every file in recipes/ and configs/: it parses, says what it is for, and every recipe runs end to end."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_faast.lightning_cli import FaastCLI
 from tests.language.projects import save_model, text
+from tests.text_models import make_bert, make_llama, write_reviews
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -64,9 +66,26 @@ def key_file(tmp_path_factory):
     return path
 
 
-def recipe_options(recipe, colors, key_file):
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """Reviews, and tiny models in place of those that the recipes of text name."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("language")
+    return {
+        "data": write_reviews(root / "reviews"),
+        "minilm": make_bert(root / "bert", sentence={"pooling": "mean_tokens"}),
+        "lm": make_llama(root / "llama"),
+    }
+
+
+def recipe_options(recipe, colors, key_file, request):
     """Tiny data and encoder in place of what the recipe downloads; the digits are at hand."""
     content = yaml.safe_load((ROOT / recipe).read_text())
+    if "Text" in content["data"]["class_path"]:
+        language = request.getfixturevalue("language")
+        model = language[recipe.removesuffix(".yaml").rpartition("_")[2]]
+        where = [f"--data.path={language['data']}", "--data.name=null", f"--model.encoder.model_name={model}"]
+        return [*where, *QUIET]
     if "Keys" in content["data"]["class_path"]:
         return [f"--data.path={key_file}", "--model.encoder.num_features=6", "--model.encoder.normalize=false", *QUIET]
     if "Digits" in content["data"]["class_path"]:
@@ -166,12 +185,12 @@ def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, languag
     assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(rows, 47)
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # CLIP's: test_clip_recipes
     "recipe", [recipe for recipe in RECIPES if "clip" not in recipe and recipe not in LANGUAGE_RECIPES]
 )
-def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, key_file, recipe):
+def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, key_file, recipe, request):
     monkeypatch.chdir(tmp_path)
-    cli = FaastCLI(["fit", "--config", recipe, *recipe_options(recipe, colors, key_file)])
+    cli = FaastCLI(["fit", "--config", recipe, *recipe_options(recipe, colors, key_file, request)])
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert line == f"test/accuracy {cli.trainer.callback_metrics['test/accuracy']:.3f}"
     chance = 1 / cli.model.num_classes
@@ -213,4 +232,16 @@ def test_cifar_recipe_reaches_its_accuracy(tmp_path, monkeypatch, recipe, weight
     monkeypatch.chdir(tmp_path)
     options = [f"--data.path={data}", f"--model.encoder.checkpoint_path={weights}"]
     cli = FaastCLI(["fit", "--config", recipe, *options])
+    assert cli.trainer.callback_metrics["test/accuracy"] >= accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "accuracy"), [("sst2_minilm", 0.797), ("clinc150_minilm", 0.85)])
+def test_text_recipe_reaches_its_accuracy(tmp_path, monkeypatch, recipe, accuracy):
+    model, data = os.environ.get("LIGHTNING_FAAST_MINILM"), SHARED / "data" / recipe.partition("_")[0]
+    if not model or not data.is_dir():
+        pytest.skip(f"needs {data}, and LIGHTNING_FAAST_MINILM=DIR with the files of all-MiniLM-L6-v2")
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data.path={data}", "--data.name=null", f"--model.encoder.model_name={model}"]
+    cli = FaastCLI(["fit", "--config", f"recipes/{recipe}.yaml", *options])
     assert cli.trainer.callback_metrics["test/accuracy"] >= accuracy

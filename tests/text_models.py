@@ -24,6 +24,7 @@ def make_tokenizer(special=True, **options):
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
         )
+        options["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         options |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", **{"model_max_length": 64, **options}
