@@ -149,7 +149,7 @@ def test_language_method_sets_what_it_is_made_of(path):
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory):
+def running_text(tmp_path_factory):
     """A tiny language model and a text file, as options; the model's folder has everything that transformers reads."""
     root = tmp_path_factory.mktemp("language")
     (root / "text.txt").write_text(text(120), encoding="utf-8")
@@ -157,10 +157,10 @@ def language_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", LANGUAGE_METHODS)
-def test_language_method_runs_end_to_end(tmp_path, monkeypatch, capsys, language_model, method):
+def test_language_method_runs_end_to_end(tmp_path, monkeypatch, capsys, running_text, method):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_FAAST_CACHE", str(tmp_path / "cache"))
-    options = [*language_model, *QUIET, "--data.limit_tokens=600", "--data.test_tokens=200"]
+    options = [*running_text, *QUIET, "--data.limit_tokens=600", "--data.test_tokens=200"]
     if "layers" in method:
         options.append("--model.fast_weights.key_layers=[0,1]")  # the tiny model has three
     cli = FaastCLI(["fit", "--config", "recipes/text_file.yaml", "--config", method, *options])
@@ -172,10 +172,10 @@ def test_language_method_runs_end_to_end(tmp_path, monkeypatch, capsys, language
         assert again.trainer.callback_metrics["test/loss"] == cli.trainer.callback_metrics["test/loss"]
 
 
-def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, language_model):
+def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, running_text):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_FAAST_CACHE", str(tmp_path / "cache"))
-    options = [*language_model, *QUIET, "--data.limit_tokens=300", "--data.test_tokens=48"]
+    options = [*running_text, *QUIET, "--data.limit_tokens=300", "--data.test_tokens=48"]
     FaastCLI(["fit", "--config", "recipes/text_file.yaml", *options])
     (checkpoint,) = Path("logs/version_0/checkpoints").glob("*.ckpt")
     FaastCLI(["predict", "--config", "logs/version_0/config.yaml", f"--ckpt_path={checkpoint}"])
@@ -185,7 +185,7 @@ def test_language_predictions_are_written(tmp_path, monkeypatch, capsys, languag
     assert {name: len(column) for name, column in rows.items()} == dict.fromkeys(rows, 47)
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # CLIP's: test_clip_recipes
     "recipe", [recipe for recipe in RECIPES if "clip" not in recipe and recipe not in LANGUAGE_RECIPES]
 )
 def test_recipe_runs_end_to_end(tmp_path, monkeypatch, capsys, colors, key_file, recipe, request):

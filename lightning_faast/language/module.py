@@ -242,7 +242,7 @@ class LanguageModule(TrainableModule):
             ValueError: Where the checkpoint was written with another model.
         """
         frozen = self._frozen()
-        if _MODEL_KEY in checkpoint:
+        if frozen and _MODEL_KEY in checkpoint:  # a model that is trained as a whole is in it as a whole
             refuse_other_model(_first_elements(frozen), checkpoint[_MODEL_KEY])
         checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
 

@@ -63,7 +63,7 @@ def test_zero_shot_is_refused(reviews, models):
 
 
 def test_every_one_pass_method_in_a_comparison(tmp_path, reviews, models):
-    methods = [method for method in shipped_methods() if method not in TRAINED]
+    methods = [method for method in shipped_methods(RECIPE) if method not in TRAINED]
     quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
     given = (RECIPE, methods, [4, None], 1, tmp_path / "out", options(reviews, models["bert"]))
     records = Comparer(*given, store=KeyStore(tmp_path / "keys"), console=quiet).run()
