@@ -27,7 +27,8 @@ def run(settings: Settings) -> Section:
         TITLE,
         "A Llama of the sizes of SmolLM2-135M (hidden 576, 30 layers, vocabulary 49,152) with random weights, which "
         f"cost what trained ones cost. Learning: {sequences} x {length} tokens, without the solve, over the model's "
-        f"forward pass of the same tokens with its output layer. Generating: {new} tokens after 32, greedy, with the KV cache.",
+        f"forward pass of the same tokens with its output layer. Generating: {new} tokens after 32, greedy, with the "
+        "KV cache.",
     )
     for mode, target in _LEARN.items():
         lm = FastWeightLM(model, mode=mode)
