@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_faast
 from lightning_faast.cli import find_config, find_configs, main, shipped_configs, shipped_root
-from lightning_faast.lightning_cli import FaastCLI
+from lightning_faast.lightning_cli import FaastCLI, names_model
 
 HEAVY = ("timm", "datasets", "wandb", "sklearn", "tensorboard")
 
@@ -242,6 +242,55 @@ def test_wrong_options_end_in_a_short_message_that_names_them(capsys, recipe, op
     error = refused(capsys, "fit", "--config", recipe, option)
     assert message in error
     assert len(error.splitlines()) < 15
+
+
+class Own(LightningModule):
+    """A module that is no FaastModule, with a parameter that it trains."""
+
+    headline = "loss"
+
+    def __init__(self, width: int = 5):
+        super().__init__()
+        self.net = nn.Linear(width, 3)
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def test_step(self, batch):
+        self.log("test/loss", self.training_step(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--config", "own.yaml"], True),
+        (["--config=own.yaml"], True),
+        (["--config", "recipe.yaml", "--config", "own.yaml"], True),
+        (["--config", "recipe.yaml"], False),
+        (["--config", "{model: {class_path: a.B}}"], True),
+        (["--config", "recipe.yaml", "--model.class_path=a.B"], True),
+        (["--config", "none.yaml"], False),
+        (["--config", "{model: [}"], False),
+        ([], False),
+    ],
+)
+def test_who_says_which_module_is_the_model(recipe, args, named):
+    Path("own.yaml").write_text(f"model: {{class_path: {__name__}.Own}}")
+    assert names_model(["fit", *args]) == named
+
+
+def test_model_class_path_makes_any_module_the_model(capsys, recipe):
+    content = yaml.safe_load(Path(recipe).read_text())
+    content["model"] = {"class_path": f"{__name__}.Own", "init_args": {"width": 5}}
+    Path("own.yaml").write_text(yaml.safe_dump(content))
+    cli = FaastCLI(["fit", "--config", "own.yaml", "--model.width=5"])  # FaastCallback solves its linear layer
+    assert isinstance(cli.model, Own)
+    name, loss = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert (name, float(loss)) == ("test/loss", pytest.approx(cli.trainer.callback_metrics["test/loss"], abs=1e-3))
+    FaastCLI(["fit", "--config", "logs/version_0/config.yaml"])  # the saved configuration is a recipe itself
 
 
 def test_what_a_recipe_must_have(capsys):
