@@ -226,10 +226,8 @@ class LanguageDataModule(LightningDataModule):
         """
         self._open_splits()
         for part in ("train", "val", "test"):
-            if self._split_of(part) is not None and self.num_tokens(part) < 2:  # type: ignore[arg-type]
-                raise ValueError(
-                    f"The {part} text has {self.num_tokens(part)} tokens; at least 2 are needed."  # type: ignore[arg-type]
-                )
+            if self._split_of(part) is not None and self.num_tokens(part) < 2:
+                raise ValueError(f"The {part} text has {self.num_tokens(part)} tokens; at least 2 are needed.")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The training windows."""
