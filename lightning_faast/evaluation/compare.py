@@ -124,7 +124,8 @@ class Comparer:
         self.console = console or Console(stderr=True)
         self.options = tuple(options)
         config = resolve(["--config", recipe, *options])
-        self.bench: Bench | TextBench = (TextBench if is_language(recipe) else Bench).from_config(config)
+        self.bench: Bench | TextBench
+        self.bench = TextBench.from_config(config) if is_language(recipe) else Bench.from_config(config)
         _, self.unit = meaning_of_shots(config)
         keys = self.bench.identity
         cells = [(number, seed) for number in dict.fromkeys(shots) for seed in range(1 if number is None else seeds)]
