@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_faast.associative.files import atomic_path
-from lightning_faast.evaluation.records import ROW_COLUMNS, Rows
+from lightning_faast.evaluation.records import Rows
 from lightning_faast.evaluation.report import markdown
 from lightning_faast.evaluation.summary import Comparison, Entry, calibrated_error, calibration_error
 
@@ -34,6 +34,7 @@ HALVES = ("--data.train_split=test", "--data.test_split=null", "--data.holdout=0
 MEMORIES = ("knn", "knn_weighted", "softmax_memory", "linear_attention_memory")
 MEANS = ("nearest_class_mean", "lda")
 FROZEN = ("faast", "faast_reservoir", "faast_regression", "faast_paper", "logistic_regression", *MEANS, *MEMORIES)
+LANGUAGE = ("zero_shot", "faast", "faast_layers", "knn_lm", "knn_lm_faast", "lora")
 TRAINED = ("linear_probe", "linear_probe_tuned", "lora", "full_finetuning")
 
 
@@ -49,6 +50,7 @@ class Spec:
     shots: str
     seeds: int = 3
     shifted: str = ""  # name of the most frequent test class, where it is rare in training
+    reference: str = "faast"
 
     @property
     def arguments(self) -> list[str]:
@@ -56,6 +58,7 @@ class Spec:
         recipe, *options = self.recipe
         return [
             *("compare", "--recipe", recipe, *options, *self.options, "--methods", ",".join(self.methods)),
+            *([] if self.reference == "faast" else ["--reference", self.reference]),
             *("--shots", self.shots, "--seeds", str(self.seeds), "--out", f"comparisons/{self.name}"),
         ]
 
@@ -146,6 +149,16 @@ SPECS = [
         (*_data("sst2"), "--data.train_split=train[:3000]", "--data.test_split=test[:1000]"),
         FROZEN,
         "1,4,16,64,256,all",
+    ),
+    Spec(
+        "wikitext2-smollm2",
+        "WikiText-2, perplexity of SmolLM2-135M-Instruct after so many tokens learnt, on the first 8,192 test tokens",
+        WIKITEXT,
+        (*_data("wikitext-2"), "--data.test_tokens=8192"),
+        tuple(f"language/{name}" for name in LANGUAGE),
+        "2000,10000,30000",
+        1,
+        reference="language/faast",
     ),
 ]
 
@@ -316,7 +329,7 @@ def _calibrated(name: str, number: str, error: float, ideal: float) -> list[str]
 
 def _without_most_frequent(rows: Rows) -> Rows:
     kept = rows.label != rows.label.bincount().argmax()
-    return Rows(*(getattr(rows, name)[kept] for name in ROW_COLUMNS))
+    return Rows(rows.label[kept], rows.predicted[kept], rows.confidence[kept], rows.log_likelihood[kept])
 
 
 def together(comparisons: Sequence[tuple[Spec, Comparison]]) -> list[str]:
@@ -417,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = options.folder / "comparisons" / spec.name / "runs"
         if any(runs.glob("*.json")):
             about = {"title": spec.title, "device": "cpu", "versions": _versions()}
-            there.append((spec, Comparison.load(runs, "faast", about)))
+            there.append((spec, Comparison.load(runs, spec.reference, about)))
     OUT.write_text(page(there, options.folder, options.note), encoding="utf-8")
     print(f"wrote {OUT} from {', '.join(spec.name for spec, _ in there)}")
 
