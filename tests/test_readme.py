@@ -9,27 +9,46 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.language.projects import save_model, text
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["callback", "estimator"])
-def test_python_blocks_reach_an_accuracy(tmp_path: Path, block: str) -> None:
-    (tmp_path / "block.py").write_text(block)
+def printed_by(block: str, folder: Path) -> str:
+    (folder / "block.py").write_text(block)
     run = subprocess.run(
         [sys.executable, "block.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert run.returncode == 0, run.stderr
-    accuracy = re.search(r"^accuracy (0\.\d+)$", run.stdout, re.MULTILINE)
-    assert accuracy is not None, run.stdout
+    return run.stdout
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "accuracy" in block], ids=["callback", "estimator"])
+def test_python_blocks_reach_an_accuracy(tmp_path: Path, block: str) -> None:
+    out = printed_by(block, tmp_path)
+    accuracy = re.search(r"^accuracy (0\.\d+)$", out, re.MULTILINE)
+    assert accuracy is not None, out
     assert float(accuracy[1]) >= 0.89
+
+
+def test_a_language_model_learns_a_text(tmp_path: Path) -> None:
+    (block,) = (block for block in BLOCKS if "FastWeightLM" in block)
+    assert "accuracy" not in block
+    assert len([line for line in block.splitlines() if line]) <= 10
+    save_model(tmp_path / "model")
+    (tmp_path / "my_text.txt").write_text(text(120), encoding="utf-8")
+    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model").replace(", 512)", ", 48)")
+    out = printed_by(block.replace("In the beginning", "the cat"), tmp_path)
+    before, after = re.search(r"held-out perplexity ([0-9.]+) to ([0-9.]+)", out).groups()
+    assert float(after) < float(before)
+    assert out.splitlines()[-1].startswith("the cat")
 
 
 def test_exactly_two_commands_set_up_everything() -> None:

@@ -70,6 +70,12 @@ def load(name: str, pretrained: bool, gguf_file: str | None, dtype: str, trust_r
             raise ValueError(f"pretrained=False asks for random weights, gguf_file={gguf_file!r} for those of a file.")
         require("gguf", "gguf")
         source["gguf_file"] = gguf_file
+    folder = Path(name).expanduser()
+    if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the folder model_name={name!r} has no config.json: it must hold a model of transformers, or a GGUF file "
+            "that gguf_file names (--model.encoder.gguf_file=FILE)."
+        )
     try:
         if pretrained:
             model = _pretrained(transformers, name, source)
@@ -79,10 +85,10 @@ def load(name: str, pretrained: bool, gguf_file: str | None, dtype: str, trust_r
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
         defaults = _sentence_defaults(name)
     except OSError as error:
-        if Path(name).expanduser().is_dir():
+        if folder.is_dir():
             raise FileNotFoundError(
-                f"the folder model_name={name!r} lacks files of a model of transformers (config.json, "
-                f"model.safetensors, tokenizer.json; or a GGUF file, named with gguf_file): {error}"
+                f"the folder model_name={name!r} lacks files of a model of transformers (model.safetensors, "
+                f"tokenizer.json), or the file gguf_file={gguf_file!r}: {error}"
             ) from error
         raise ConnectionError(
             f"The model {name!r} cannot be downloaded. On a machine that reaches no hub, set model_name to a local "

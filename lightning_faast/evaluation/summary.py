@@ -464,8 +464,8 @@ def _pair(runs: Sequence[_Run], reference: Sequence[_Run]) -> _Pair:
     loss = np.stack([[-r.log_likelihood.double().numpy() for r in pair] for pair in pairs])
     with np.errstate(invalid="ignore"):  # infinite losses: the difference is told apart later
         differences = loss[:, 0] - loss[:, 1]
-    block = pairs[0][0].block
-    block = None if block is None or len(block.unique()) < 2 else block.numpy()  # one alone cannot be resampled
+    blocks = pairs[0][0].block
+    block = None if blocks is None or len(blocks.unique()) < 2 else blocks.numpy()  # one alone cannot be resampled
     single = correct[0] if len(pairs) == 1 and block is None else None
     return _Pair(correct[:, 0] - correct[:, 1], differences, single, block)
 

@@ -95,7 +95,7 @@ def log_comparison(
             for entry in entries:
                 if entry.status == "done":
                     train_rows = rows[entry.shots]
-                    steps = {STEP: train_rows}
+                    steps: dict[str, float] = {STEP: train_rows}
                     if comparison.unit == "shot":
                         steps["examples_per_class"] = train_rows / num_classes
                     run.log(steps | _metrics(entry))

@@ -175,7 +175,7 @@ class TokenWatch(Watch):
         synchronize(self.module.device)
         self._seconds += time.perf_counter() - self._start
         counted = (batch["labels"][:, 1:] != IGNORED).sum(1).cpu()
-        self._scores.append(outputs)
+        self._scores.append(TokenScores(**outputs))
         self._blocks.append((self._windows + torch.arange(len(counted))).repeat_interleave(counted))
         self._windows += len(counted)
         self._tokens += batch["input_ids"].numel()
@@ -203,6 +203,7 @@ class TokenWatch(Watch):
 
     def _first_token(self) -> float:
         """Median seconds from a prompt to the first token that is generated."""
+        assert self._prompt is not None
         times = []
         with torch.inference_mode():
             for _ in range(_REPEATS + 1):

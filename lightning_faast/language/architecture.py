@@ -25,9 +25,9 @@ _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _PROBE_LOGIT = 60.0
 
 
-def eager(model: nn.Module) -> Any:
+def eager(wrapped: nn.Module) -> Any:
     """The model itself where it is wrapped by ``torch.compile`` or by peft."""
-    model = getattr(model, "_orig_mod", model)
+    model: Any = getattr(wrapped, "_orig_mod", wrapped)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -96,7 +96,8 @@ def output_layer(model: nn.Module) -> OutputLayer:
     config = _text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; a causal language model is expected.")
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    found = None if find is None else find()
     if not isinstance(found, nn.Linear):
         kind = "none" if found is None else f"a {type(found).__module__}.{type(found).__name__}"
         raise ValueError(
@@ -177,7 +178,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class MixingLearner(HiddenLearner):
         super().__init__(output)
         if not 0 < mix <= 1:
             raise ValueError(f"mix must be above 0 and at most 1, got {mix}.")
-        width = embeddings.weight.shape[1]
+        table: Any = embeddings
+        width = int(table.weight.shape[1])
         if width != output.width:
             raise ValueError(
                 f"Input embeddings have width {width} and the output layer {output.width}: the next token's embedding "

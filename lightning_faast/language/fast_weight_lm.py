@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_faast.associative import Learner
 from lightning_faast.associative.files import save_tensors
 from lightning_faast.language import architecture
 from lightning_faast.language.adaptations import build, named
+from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.pairs import IGNORED, pair_labels
 from lightning_faast.language.taps import Tap
 
@@ -40,11 +42,12 @@ class FastWeightLM(nn.Module):
         model: ``AutoModelForCausalLM``; Llama, SmolLM, Qwen2, Qwen3, GPT-2, GPT-NeoX, Gemma, Mistral and OPT are known,
             others say what is missing. Compiled models are compiled again where an adaptation comes or goes.
         layer: ``"output"`` or ``"middle"``.
-        mode: Of the output layer: ``"residual"`` (ours, exact), ``"embedding"`` (the paper's values, exact) or
-            ``"chunked"`` (the paper's). The middle layer is the paper's.
+        mode: Of the output layer: ``"residual"`` (ours, exact), ``"embedding"`` (the paper's values, exact),
+            ``"chunked"`` (the paper's) or ``"knn_lm"`` (nearest neighbors). The middle layer is the paper's.
         layers: Path of the decoder layers, for a family that is not known.
         **options: Of the layer: :class:`ResidualFastWeights`, :class:`EmbeddingFastWeights`,
-            :class:`ChunkedFastWeights` or :class:`MiddleFastWeights`. ``key_layers=[...]`` adds the outputs of decoder
+            :class:`ChunkedFastWeights`, :class:`KNNLM` or :class:`MiddleFastWeights`. ``over`` of ``knn_lm`` is the
+            mode, or the options, of an output layer beneath it. ``key_layers=[...]`` adds the outputs of decoder
             layers to the keys of ``residual``; ``at`` is the decoder layer of ``middle``.
 
     Attributes:
@@ -141,6 +144,12 @@ class FastWeightLM(nn.Module):
             raise RuntimeError("No adaptation is in use: call use(name) first.")
         return self.adaptations[self.active]
 
+    @property
+    def _tap(self) -> Tap:
+        """What connects the layer of the adaptation in use; as :attr:`learner`."""
+        _ = self.learner
+        return self._taps[str(self.active)]
+
     def _compile_again(self) -> None:
         """Compiled code does not see hooks that come or go."""
         compiled = self.model is not self._eager and hasattr(self.model, "_orig_mod")
@@ -167,7 +176,6 @@ class FastWeightLM(nn.Module):
                 states. Model and sums are then as they were (on devices other than the CPU, tokens, masks and states
                 are looked at later: by the next solve).
         """
-        learner = self.learner
         self._check_tokens(input_ids, "input_ids")
         labels = pair_labels(input_ids, attention_mask, labels)
         if labels.device.type == "cpu" and not bool((labels != IGNORED).any()):
@@ -175,9 +183,37 @@ class FastWeightLM(nn.Module):
                 "There is nothing to learn: no token that counts has one before it. Check attention_mask and labels "
                 f"(-100 is left out) of input_ids {tuple(input_ids.shape)}."
             )
-        learner.update(self.keys(input_ids, attention_mask), labels)
+        return self.learn_keys(self.keys(input_ids, attention_mask), labels)
+
+    def learn_keys(self, keys: Tensor, labels: Tensor) -> FastWeightLM:
+        """Take in hidden states that :meth:`watching` gave [B, T, k], with labels [B, T] as in :meth:`learn`."""
+        self.learner.update(keys, labels)
         self._stale.add(str(self.active))
         return self
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """While open, the keys [B, T, k] of every call are appended to the list: what was predicted can be learned."""
+        self._ready()
+        with self._tap.watching() as watched:
+            yield watched
+
+    @contextmanager
+    def temporarily(self) -> Iterator[FastWeightLM]:
+        """While open the adaptation in use may learn; afterwards it is as it was, bit for bit, also after an error."""
+        learner, name = self.learner, str(self.active)
+        stale = name in self._stale
+        learned = {key: t.clone() for key, t in learner.learned_state().items()}
+        solved = {key: t.clone() for key, t in learner.state_dict().items()}
+        solution = learner.solution
+        try:
+            yield self
+        finally:
+            learner.reset()
+            learner.load_learned_state(learned)
+            learner.load_state_dict(solved)
+            learner.solution = solution
+            (self._stale.add if stale else self._stale.discard)(name)
 
     def _check_tokens(self, input_ids: Tensor, name: str) -> None:
         if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -208,7 +244,7 @@ class FastWeightLM(nn.Module):
             inputs["attention_mask"] = mask = attention_mask.to(device)
             if "position_ids" in architecture.arguments(self._eager):  # padding on the left does not count
                 inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        tap = self._taps[str(self.active)]
+        tap = self._tap
         with architecture.evaluating(self._eager), tap.reading() as read:
             architecture.run(self._eager, **inputs)
         if len(read) != 1:
@@ -329,8 +365,7 @@ class FastWeightLM(nn.Module):
             if part in parts:
                 parts[part][rest] = t
         learner = self.learner
-        shapes = {name: tuple(t.shape) for name, t in learner.state_dict().items()}
-        given = {name: tuple(t.shape) for name, t in parts["solved"].items()}
+        shapes, given = (_shapes(state, learner) for state in (learner.state_dict(), parts["solved"]))
         if shapes != given:
             raise ValueError(f"{path} was written with other options: {theirs}, and this adaptation has {mine}.")
         learner.reset()
@@ -391,6 +426,10 @@ class FastWeightLM(nn.Module):
         return self.learner.summary()
 
 
+def _shapes(state: dict[str, Tensor], learner: HiddenLearner) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape[name in learner.row_tensors :]) for name, t in state.items()}
+
+
 def _fingerprint(model: nn.Module) -> Tensor:
     """The first element of every floating-point parameter, [p] float32: enough to tell one model from another."""
     first = [p.detach().flatten()[:1] for p in model.parameters() if p.is_floating_point() and p.numel()]
@@ -403,10 +442,9 @@ def refuse_other_model(mine: Tensor, theirs: Tensor) -> None:
     Raises:
         ValueError: Where they differ by more than the rounding of half precision.
     """
-    same = mine.shape == theirs.shape
-    if not same or not torch.allclose(
-        mine, theirs.to(mine), rtol=_SAME_MODEL, atol=_SAME_MODEL * float(mine.abs().mean())
-    ):
+    theirs = theirs.to(mine)
+    scale = mine.abs().mean() if mine.numel() else 0.0
+    if mine.shape != theirs.shape or bool(((mine - theirs).abs() > _SAME_MODEL * (scale + theirs.abs())).any()):
         raise ValueError(
             "The adaptation was learned with another model: statistics mean something only with the weights they were "
             "taken at. Load that model, or learn again."

@@ -23,13 +23,24 @@ class HiddenLearner(Learner):
         output: The model's output layer.
     """
 
+    in_features: int
     unit = "tokens"
     reads_sequences = True
+    #: Entries of the state_dict that have a row for every token, and so any length.
+    row_tensors: frozenset[str] = frozenset()
+    #: [V], added to the logits; None for none.
+    token_bias: Tensor | None
 
     def __init__(self, output: OutputLayer) -> None:
         super().__init__()
         self.output = output
         self.out_features = output.vocabulary
+        self.register_buffer("token_bias", None)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the layer changes what the output layer gives, too, by :meth:`adjusted`."""
+        return self.token_bias is not None
 
     @abstractmethod
     def forget(self) -> None:
@@ -42,12 +53,22 @@ class HiddenLearner(Learner):
     @torch.no_grad()
     def predict(self, keys: Tensor) -> Tensor:
         """The most likely next tokens [...] of keys [..., k]."""
-        return self.output.logits(self(keys)).argmax(-1)
+        return self.output.logits(self(keys), self.token_bias).argmax(-1)
 
     @torch.no_grad()
     def predict_proba(self, keys: Tensor) -> Tensor:
         """Probabilities [..., V] of the next token, of keys [..., k]."""
-        return self.output.logits(self(keys)).softmax(-1)
+        return self.output.logits(self(keys), self.token_bias).softmax(-1)
+
+    def adjusted(self, logits: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
+        """What the output layer is to give, where the layer changes that too.
+
+        Args:
+            logits: [..., V], before ``scale``.
+            keys: [..., k].
+            scale: By which the model multiplies logits afterwards.
+        """
+        return logits if self.token_bias is None else logits + (self.token_bias / scale).to(logits)
 
     def _pairs(self, keys: Tensor, values: Tensor, weights: Tensor | None) -> tuple[Pairs, Tensor | None]:
         """The pairs of a batch, and the weights of its rows."""

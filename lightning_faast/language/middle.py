@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -72,7 +73,10 @@ class MiddleFastWeights(HiddenLearner):
         super().__init__(output)
         self.in_features = width
         self._map = ChunkedMap(update_size, memory_size, alpha, update_discount)
-        options = {"device": output.device, "dtype": torch.promote_types(output.module.weight.dtype, torch.float32)}
+        options: dict[str, Any] = {
+            "device": output.device,
+            "dtype": torch.promote_types(output.module.weight.dtype, torch.float32),
+        }
         self.scorer = nn.Linear(2 * width, 1, bias=False, **options)
         self.out_proj = nn.Linear(width, width, bias=False, **options)
         nn.init.zeros_(self.out_proj.weight)

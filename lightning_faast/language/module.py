@@ -197,11 +197,11 @@ class LanguageModule(TrainableModule):
         """Add a batch to the ``val/…`` metrics."""
         self.val_metrics.update(self.score(batch), batch.get("bytes"))
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> TokenScores:
-        """Add a batch to the ``test/…`` metrics, and give what was said of its tokens."""
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the ``test/…`` metrics, and give what was said of its tokens, as :meth:`predict_step`."""
         scores = self.score(batch)
         self.test_metrics.update(scores, batch.get("bytes"))
-        return scores
+        return dict(vars(scores))
 
     def on_validation_epoch_end(self) -> None:
         """Log the ``val/…`` metrics."""

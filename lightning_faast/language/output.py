@@ -1,15 +1,17 @@
-"""The output layer of a language model: log-likelihoods and their gradients, never holding [tokens, vocabulary]."""
+"""The output layer of a language model: log-likelihoods and their gradients, a block of tokens at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Tokens swept over the vocabulary together, at most: enough that reading the weights costs nothing beside the product.
-_TOKENS = 1024
+#: Logits held at a time, at most; but those of some tokens always, so that reading the weights costs little.
+BLOCK_ELEMENTS = 2**22
+_FEWEST_TOKENS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +27,9 @@ class OutputLayer:
         >>> import torch
         >>> from lightning_faast.language import OutputLayer
         >>> output = OutputLayer(torch.nn.Linear(8, 100))
-        >>> gradient, loss = output.gradient(torch.randn(5, 8), torch.arange(5))
-        >>> gradient.shape, loss.shape
-        (torch.Size([5, 8]), torch.Size([5]))
+        >>> gradient, loss, expected = output.gradient(torch.randn(5, 8), torch.arange(5))
+        >>> gradient.shape, loss.shape, expected.shape
+        (torch.Size([5, 8]), torch.Size([5]), torch.Size([100]))
     """
 
     module: nn.Linear
@@ -53,81 +55,97 @@ class OutputLayer:
         """W h + b [..., V] of hidden states [..., d], in their dtype; calls no hook of the module."""
         return F.linear(hidden, self.module.weight, self.module.bias)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., d], at least float32."""
+    def logits(self, hidden: Tensor, token_bias: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., d], at least float32, with a bias [V] under the softcap."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return self._bounded(self.scale * self.linear(hidden.to(self.module.weight.dtype)).to(dtype))
+        z = self.scale * self.linear(hidden.to(self.module.weight.dtype)).to(dtype)
+        return self._bounded(z if token_bias is None else z + token_bias.to(z))
 
     def _bounded(self, z: Tensor) -> Tensor:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def _slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits by W h + b, from the logits."""
-        return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
+    def _slope(self, logits: Tensor) -> Tensor:
+        """Derivative of softcapped logits by W h + b, from the logits."""
+        assert self.softcap is not None
+        return self.scale * (1 - (logits / self.softcap) ** 2)
 
     @torch.no_grad()
-    def gradient(self, hidden: Tensor, targets: Tensor, block_elements: int = 2**21) -> tuple[Tensor, Tensor]:
-        r"""Gradient of each target's log-likelihood by its hidden state, and the loss.
+    def gradient(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        block_elements: int = BLOCK_ELEMENTS,
+        token_bias: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Gradient of each target's log-likelihood by its hidden state, the loss, and what was expected.
 
         With logits z = W h + b it is :math:`r = e_y - \sum_v p(v \mid h)\, e_v`, e being the rows of W; scale and
-        softcap are taken into account. One sweep over the vocabulary: the log-sum-exp and the expectation are built
-        up together, rescaled when a larger logit comes.
+        softcap are taken into account.
 
         Args:
             hidden: [N, d], any floating dtype.
             targets: [N], token ids in [0, V).
-            block_elements: Logits held at a time, at most.
+            block_elements: Logits held at a time, at most (those of 16 tokens, where that is more).
+            token_bias: [V], added to the logits.
+            weights: [N], of the tokens in the third result; 1 where not given.
 
         Returns:
-            r [N, d] and the negative log-likelihood [N] in nats; float32, or float64 for a float64 model.
+            r [N, d] and the negative log-likelihood [N] in nats, float32, or float64 for a float64 model; and the sum
+            of the probabilities [V], float64.
         """
-        r, loss = self._sweep(hidden, targets, block_elements, with_gradient=True)
-        assert r is not None
-        return r, loss
+        dtype = self._dtype
+        losses = torch.empty(len(hidden), dtype=dtype, device=self.device)
+        gradients = torch.empty(len(hidden), self.width, dtype=dtype, device=self.device)
+        expected = torch.zeros(self.vocabulary, dtype=torch.float64, device=self.device)
+        weight = self.module.weight
+        for span, y, z in self._blocks(hidden, targets, block_elements, token_bias):
+            slope = None if self.softcap is None else self._slope(z)
+            chosen = z.gather(1, y[:, None])
+            total = z.logsumexp(1, keepdim=True)
+            losses[span] = (total - chosen)[:, 0]
+            p = z.sub_(total).exp_()
+            share = p if weights is None else p * weights[span, None].to(p)
+            expected += share.sum(0)
+            e = weight[y].to(dtype)
+            if slope is None:
+                gradients[span] = self.scale * (e - p @ weight.to(dtype))
+            else:
+                gradients[span] = slope.gather(1, y[:, None]) * e - (p * slope) @ weight.to(dtype)
+        return gradients, losses, expected
 
     @torch.no_grad()
-    def loss(self, hidden: Tensor, targets: Tensor, block_elements: int = 2**21) -> Tensor:
+    def loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        block_elements: int = BLOCK_ELEMENTS,
+        token_bias: Tensor | None = None,
+    ) -> Tensor:
         """Negative log-likelihood [N] in nats of targets [N] after hidden states [N, d]; as :meth:`gradient`."""
-        return self._sweep(hidden, targets, block_elements, with_gradient=False)[1]
+        losses = torch.empty(len(hidden), dtype=self._dtype, device=self.device)
+        for span, y, z in self._blocks(hidden, targets, block_elements, token_bias):
+            losses[span] = z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]
+        return losses
 
-    def _sweep(
-        self, hidden: Tensor, targets: Tensor, block_elements: int, *, with_gradient: bool
-    ) -> tuple[Tensor | None, Tensor]:
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.module.weight.dtype, torch.float32)
+
+    def _blocks(
+        self, hidden: Tensor, targets: Tensor, block_elements: int, token_bias: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Targets and logits of one block of tokens after another."""
+        tokens = max(_FEWEST_TOKENS, block_elements // self.vocabulary)
+        dtype = self._dtype
         weight, bias = self.module.weight, self.module.bias
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        tokens = max(1, min(_TOKENS, len(hidden), block_elements))
-        columns = max(1, block_elements // tokens)
-        losses = torch.empty(len(hidden), dtype=dtype, device=weight.device)
-        gradients = torch.empty(len(hidden), self.width, dtype=dtype, device=weight.device) if with_gradient else None
         for first in range(0, len(hidden), tokens):
             span = slice(first, first + tokens)
-            h, y = hidden[span].to(device=weight.device, dtype=dtype), targets[span].to(weight.device)
-            largest = h.new_full((len(h), 1), -torch.inf)
-            total, expected = h.new_zeros(len(h), 1), h.new_zeros(h.shape)
-            for start in range(0, len(weight), columns):
-                w = weight[start : start + columns].to(dtype)
-                z = h @ w.T
-                if bias is not None:
-                    z += bias[start : start + columns].to(dtype)
-                z = self._bounded(z.mul_(self.scale) if self.scale != 1 else z)
-                new = torch.maximum(largest, z.amax(1, keepdim=True))
-                shrunk = (largest - new).exp_()
-                slope = self._slope(z) if with_gradient and self.softcap is not None else None
-                p = z.sub_(new).exp_()
-                total.mul_(shrunk).add_(p.sum(1, keepdim=True))
-                if with_gradient:
-                    expected.mul_(shrunk).addmm_(p if slope is None else p.mul_(slope), w)
-                largest = new
-            e = weight[y].to(dtype)
-            z = (h * e).sum(1, keepdim=True)
+            z = hidden[span].to(device=weight.device, dtype=dtype) @ weight.to(dtype).T
             if bias is not None:
-                z = z + bias[y, None].to(dtype)
-            z = self._bounded(self.scale * z)
-            losses[span] = (largest + total.log() - z)[:, 0]
-            if gradients is not None:
-                expected /= total
-                if self.softcap is None:
-                    gradients[span] = self.scale * (e - expected)
-                else:
-                    gradients[span] = self._slope(z) * e - expected
-        return gradients, losses
+                z += bias.to(dtype)
+            if self.scale != 1:
+                z *= self.scale
+            if token_bias is not None:
+                z += token_bias.to(z)
+            yield span, targets[span].to(weight.device), self._bounded(z)

@@ -24,6 +24,7 @@ class Tap(ABC):
         self.learner = learner
         self._handles: list[Any] = []
         self._read: list[Tensor] | None = None
+        self._watched: list[Tensor] | None = None
 
     @abstractmethod
     def attach(self) -> None:
@@ -41,11 +42,27 @@ class Tap(ABC):
 
         The output layer gets no rows then: reading costs no product with the vocabulary.
         """
-        self._read = read = []
+        read: list[Tensor] = []
+        self._read = read
         try:
             yield read
         finally:
             self._read = None
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """While open, the keys of every forward pass are appended to the list; the model computes with the layer."""
+        watched: list[Tensor] = []
+        self._watched = watched
+        try:
+            yield watched
+        finally:
+            self._watched = None
+
+    def _through(self, keys: Tensor) -> Tensor:
+        if self._watched is not None:
+            self._watched.append(keys)
+        return self.learner(keys)
 
 
 class OutputTap(Tap):
@@ -86,15 +103,42 @@ class OutputTap(Tap):
 
     def _before_output(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        keys = hidden
-        if self.key_layers:  # the model may have kept only the last positions for its output layer
-            states = [state[:, state.shape[1] - hidden.shape[1] :].to(hidden) for state in self._states]
-            keys = torch.cat([*states, hidden], -1)
-            self._states.clear()
+        keys = self._keys(hidden)
         if self._read is not None:
             self._read.append(keys)
             return (hidden[:, :0], *args[1:])
-        return (self.learner(keys), *args[1:])
+        return (self._through(keys), *args[1:])
+
+    def _keys(self, hidden: Tensor) -> Tensor:
+        if not self.key_layers:
+            return hidden
+        # the model may have kept only the last positions for its output layer
+        states = [state[:, state.shape[1] - hidden.shape[1] :].to(hidden) for state in self._states]
+        self._states.clear()
+        return torch.cat([*states, hidden], -1)
+
+
+class LogitsTap(OutputTap):
+    """As :class:`OutputTap`; the layer also changes what the output layer gives, by :meth:`HiddenLearner.adjusted`."""
+
+    learner: HiddenLearner
+    _now: Tensor
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        super().attach()
+        self._handles.append(self.output.register_forward_hook(self._after_output))
+
+    def _through(self, keys: Tensor) -> Tensor:
+        self._now = keys
+        return super()._through(keys)
+
+    def _after_output(self, _: nn.Module, __: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+        if self._read is not None:
+            return None
+        keys = self._now
+        del self._now
+        return self.learner.adjusted(logits, keys, self.learner.output.scale)
 
 
 class MiddleTap(Tap):
@@ -121,7 +165,7 @@ class MiddleTap(Tap):
         if self._read is not None:
             self._read.append(hidden)
             return None
-        new = self.learner(hidden)
+        new = self._through(hidden)
         return new if isinstance(output, Tensor) else (new, *output[1:])
 
     def _before_output(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

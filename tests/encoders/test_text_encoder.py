@@ -259,8 +259,12 @@ class TestLoading:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ConnectionError, match=r"--model.encoder.model_name=DIR"):
             TextEncoder("no-such-user/no-such-model")
-        with pytest.raises(FileNotFoundError, match=r"lacks files of a model"):
+        with pytest.raises(FileNotFoundError, match=r"has no config.json.*--model.encoder.gguf_file=FILE"):
             TextEncoder(str(tmp_path))
+        folder = make_bert(tmp_path / "a")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"lacks files of a model"):
+            TextEncoder(str(folder))
 
     def test_random(self, bert):
         assert TextEncoder(bert, pretrained=False)(TEXTS).shape == (30, 16)

@@ -12,22 +12,38 @@ from tests.language.models import FAMILIES, V, gemma2, llama, text
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("block", [7, 100, 2**21])
+@pytest.mark.parametrize("block", [7, 1000, 2**21])
 def test_gradient_is_that_of_the_log_likelihood(scale, softcap, bias, block):
     output = OutputLayer(nn.Linear(16, 50, bias=bias, dtype=torch.float64), scale, softcap)
     hidden = (3 * torch.randn(30, 16, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(50, (30,))
     loss = nn.functional.cross_entropy(output.logits(hidden), targets, reduction="none")
     loss.sum().backward()
-    gradient, found = output.gradient(hidden.detach(), targets, block)
+    gradient, found, expected = output.gradient(hidden.detach(), targets, block)
     torch.testing.assert_close(gradient, -hidden.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.loss(hidden.detach(), targets, block), found, rtol=0, atol=0)
+    torch.testing.assert_close(expected, output.logits(hidden).softmax(-1).sum(0).detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bias_of_tokens_is_under_the_softcap(softcap):
+    output = OutputLayer(nn.Linear(16, 50, dtype=torch.float64), 0.3, softcap)
+    hidden = (3 * torch.randn(30, 16, dtype=torch.float64)).requires_grad_()
+    targets, bias, weights = torch.randint(50, (30,)), torch.randn(50), torch.rand(30)
+    logits = output.logits(hidden, bias)
+    raw = 0.3 * output.linear(hidden) + bias
+    torch.testing.assert_close(logits, raw if softcap is None else softcap * torch.tanh(raw / softcap))
+    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    gradient, loss, expected = output.gradient(hidden.detach(), targets, 100, bias, weights)
+    torch.testing.assert_close(gradient, -hidden.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.loss(hidden.detach(), targets, 100, bias), loss, rtol=0, atol=0)
+    torch.testing.assert_close(expected, (logits.softmax(-1) * weights[:, None]).sum(0).detach())
 
 
 def test_large_logits_do_not_overflow():
     output = OutputLayer(nn.Linear(4, 20, bias=False))
-    gradient, loss = output.gradient(1e4 * torch.randn(10, 4), torch.arange(10), 60)
+    gradient, loss, _ = output.gradient(1e4 * torch.randn(10, 4), torch.arange(10), 60)
     assert gradient.isfinite().all()
     assert loss.isfinite().all()
 
@@ -46,7 +62,7 @@ def test_gradient_is_that_of_the_model(name):
         logits = model(input_ids=ids).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1), reduction="sum")
     loss.backward()
-    gradient, _ = output.gradient(seen[0].detach()[:, :-1].reshape(-1, output.width), ids[:, 1:].reshape(-1), 300)
+    gradient, _, _ = output.gradient(seen[0].detach()[:, :-1].reshape(-1, output.width), ids[:, 1:].reshape(-1), 300)
     torch.testing.assert_close(gradient, -seen[0].grad[:, :-1].reshape(gradient.shape), rtol=1e-6, atol=1e-9)
 
 

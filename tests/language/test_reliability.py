@@ -78,12 +78,12 @@ def test_padding_on_either_side_gives_the_same_statistics(name):
             padded[row, mask[row] > 0] = ids[row, :n]
         lm.reset().learn(padded, mask)
         assert lm.tokens == int((lengths - 1).sum())
-        grams.append(lm.learner._sums.gram)
+        grams.append(lm.learner._everything().statistics.gram)
     assert float((grams[0] - grams[1]).abs().max() / grams[0].abs().max()) < 1e-6
     lm.reset()
     for row, n in enumerate(lengths.tolist()):
         lm.learn(ids[row : row + 1, :n])
-    assert float((grams[0] - lm.learner._sums.gram).abs().max() / grams[0].abs().max()) < 1e-6
+    assert float((grams[0] - lm.learner._everything().statistics.gram).abs().max() / grams[0].abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -96,12 +96,12 @@ def test_half_precision_models_keep_double_statistics(dtype):
     before = loss(lm, new)
     lm.learn(ids)
     assert loss(lm, new) < before - 0.1
-    assert lm.learner._sums.gram.dtype == torch.float64
+    assert lm.learner._everything().statistics.gram.dtype == torch.float64
     assert lm.learner.weight.dtype == torch.float32
     assert lm.generate(new[:1, :5], max_new_tokens=3).shape[1] <= 8
     reference = FastWeightLM(exact).learn(ids)
-    gram = reference.learner._sums.gram
-    assert float((lm.learner._sums.gram - gram).abs().max() / gram.abs().max()) < 0.02
+    gram = reference.learner._everything().statistics.gram
+    assert float((lm.learner._everything().statistics.gram - gram).abs().max() / gram.abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -146,12 +146,12 @@ def test_compiled_models_see_the_adaptation_come_and_go(options, in_place):
 def test_gradient_checkpointing():
     model, ids = llama(), text()
     plain = FastWeightLM(model).learn(ids)
-    gram = plain.learner._sums.gram
+    gram = plain.learner._everything().statistics.gram
     plain.detach()
     model.train()
     model.gradient_checkpointing_enable()
     lm = FastWeightLM(model).learn(ids)
-    torch.testing.assert_close(lm.learner._sums.gram, gram, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(lm.learner._everything().statistics.gram, gram, rtol=1e-6, atol=1e-8)
     assert model.training
     assert model.is_gradient_checkpointing
     lm(input_ids=ids, labels=ids).loss.backward()  # and the model still trains, through the fast weights
@@ -162,8 +162,8 @@ def test_dropout_is_off_while_learning():
     model = gpt2(resid_pdrop=0.5).train()
     ids = text(4)
     lm = FastWeightLM(model).learn(ids)
-    gram = lm.learner._sums.gram
-    torch.testing.assert_close(lm.reset().learn(ids).learner._sums.gram, gram, rtol=0, atol=0)
+    gram = lm.learner._everything().statistics.gram
+    torch.testing.assert_close(lm.reset().learn(ids).learner._everything().statistics.gram, gram, rtol=0, atol=0)
 
 
 def test_inference_mode_is_no_obstacle():
@@ -220,9 +220,9 @@ def test_cuda_statistics_are_those_of_the_cpu():
     mask[1, 12:] = mask[2, :5] = 0
     fixed = {"step": 1.0, "key_ridge": 1e-3, "value_ridge": 0.1}
     gram = FastWeightLM(model, **fixed).learn(ids, mask)
-    expected = gram.learner._sums.gram
+    expected = gram.learner._everything().statistics.gram
     lm = FastWeightLM(gram.detach().cuda(), **fixed).learn(ids.cuda(), mask.cuda())
-    torch.testing.assert_close(lm.learner._sums.gram.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lm.learner._everything().statistics.gram.cpu(), expected, rtol=1e-3, atol=1e-3)
     lm.solve()
 
 

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_faast.language import OutputLayer, ResidualFastWeights
+from lightning_faast.language import FastWeightLM, OutputLayer, ResidualFastWeights
 from lightning_faast.language.candidates import Candidate, Candidates
-from lightning_faast.language.held_out import HeldOut
+from lightning_faast.language.latest import LatestTokens
 from lightning_faast.language.residual import Curvature
 from lightning_faast.language.token_store import TokenStore
 from tests.associative.test_fast_weights import Group
+from tests.language.models import llama, text
 
 D, V = 12, 40
 FIXED = {"step": 0.7, "key_ridge": 1e-3, "value_ridge": 0.1}
+PLAIN = {**FIXED, "token_bias": False}
 
 
 @pytest.fixture
@@ -52,9 +54,9 @@ def formula(g, c, f, s, key_ridge, value_ridge):
 def test_sums_and_step_are_the_formulas(output):
     hidden, labels = stream(output)
     keys, targets = rows_of(hidden, labels)
-    layer = ResidualFastWeights(output, **FIXED, block_elements=500).fit(hidden, labels)
+    layer = ResidualFastWeights(output, **PLAIN, block_elements=500).fit(hidden, labels)
     g, c, f = dense(output, keys, keys, targets)
-    gram = layer._sums.gram
+    gram = layer._everything().statistics.gram
     torch.testing.assert_close(gram[:D, :D], g, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gram[:D, D:], c, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(gram[D:, D:] / len(keys), f, rtol=1e-11, atol=1e-11)
@@ -68,7 +70,7 @@ def test_sums_and_step_are_the_formulas(output):
 def test_further_passes_step_from_the_point_reached(output):
     hidden, labels = stream(output)
     keys, targets = rows_of(hidden, labels)
-    layer = ResidualFastWeights(output, **FIXED, passes=3).fit(hidden, labels)
+    layer = ResidualFastWeights(output, **PLAIN, passes=3).fit(hidden, labels)
     point = torch.zeros(D, D, dtype=torch.float64)
     for _ in range(3):
         point = point + formula(*dense(output, keys, keys, targets, point), *FIXED.values())
@@ -79,7 +81,7 @@ def test_several_hidden_states_are_unit_keys(output):
     hidden, labels = stream(output, width=5 + D)
     keys, targets = rows_of(hidden, labels)
     unit = torch.cat([nn.functional.normalize(part, dim=-1) for part in keys.split([5, D], 1)], 1)
-    layer = ResidualFastWeights(output, **FIXED, key_widths=[5]).fit(hidden, labels)
+    layer = ResidualFastWeights(output, **PLAIN, key_widths=[5]).fit(hidden, labels)
     expected = formula(*dense(output, unit, keys[:, 5:], targets), *FIXED.values())
     torch.testing.assert_close(layer.weight, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(layer(hidden), hidden[..., 5:] + layer._features(hidden) @ expected.T)
@@ -88,7 +90,7 @@ def test_several_hidden_states_are_unit_keys(output):
 def test_the_choice_lowers_the_loss_and_held_out_tokens_are_learned_too(output):
     hidden, labels = stream(output)
     keys, targets = rows_of(hidden, labels)
-    layer = ResidualFastWeights(output, held_out_tokens=50).fit(hidden, labels)
+    layer = ResidualFastWeights(output, held_out_tokens=50, token_bias=False).fit(hidden, labels)
     assert layer.solution.loss_after < layer.solution.loss_before
     assert 0 < layer._held.size <= 50
     assert layer.rows == len(keys)
@@ -100,6 +102,54 @@ def test_the_choice_lowers_the_loss_and_held_out_tokens_are_learned_too(output):
     assert figures["perplexity_after"] < figures["perplexity_before"]
     assert figures["tokens"] == len(keys)
     assert "held-out perplexity" in layer.summary()
+
+
+def test_the_bias_and_the_centred_step_are_the_formulas(output):
+    hidden, labels = stream(output)
+    keys, targets = rows_of(hidden, labels)
+    layer = ResidualFastWeights(output, **FIXED, smoothing=2.0).fit(hidden, labels)
+    p = output.logits(keys).softmax(-1)
+    bias = ((torch.bincount(targets, minlength=V) + 2) / (p.sum(0) + 2)).log().detach()
+    torch.testing.assert_close(layer.token_bias, bias, rtol=1e-11, atol=1e-11)
+    weight = output.module.weight.detach()
+    r = weight[targets] - (p @ weight).detach()
+    k, r = keys - keys.mean(0), r - r.mean(0)
+    expected = formula(k.T @ k, k.T @ r, r.T @ r / len(r), *FIXED.values())
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(layer(keys), keys + k @ expected.T, rtol=1e-9, atol=1e-9)
+    logits = output.logits(layer(keys)) + bias
+    torch.testing.assert_close(layer.predict_proba(keys), logits.softmax(-1).detach())
+    assert layer.bytes_to_predict == 8 * (D * D + D + V)
+
+
+def test_the_bias_learns_how_often_tokens_come(output):
+    hidden = torch.randn(30, 40, D, dtype=torch.float64)
+    frequent = torch.zeros(V, dtype=torch.float64)
+    frequent[[3, 8]] = 2.0  # whatever the state is
+    p = output.logits(hidden, frequent).softmax(-1).flatten(0, 1)
+    labels = p.multinomial(1).view(30, 40).roll(1, 1)
+    losses = {}
+    for token_bias in (True, False):
+        layer = ResidualFastWeights(output, token_bias=token_bias).fit(hidden, labels)
+        losses[token_bias] = layer.solution.loss_after
+    assert losses[True] < losses[False]
+    layer = ResidualFastWeights(output).fit(hidden, labels)
+    assert set(layer.token_bias.topk(2).indices.tolist()) == {3, 8}
+    layer.forget()
+    assert not layer.changes_logits or not layer.token_bias.any()
+
+
+def test_a_bias_of_tokens_reaches_the_model_and_leaves_it():
+    model = llama()
+    ids = text(8, 20)
+    before = model(ids).logits
+    with FastWeightLM(model) as lm:
+        lm.learn(ids)
+        after = lm(ids).logits
+        hidden = lm.learner(lm.keys(ids))
+        torch.testing.assert_close(after, lm.learner.output.logits(hidden, lm.learner.token_bias), rtol=1e-5, atol=1e-5)
+        assert lm.learner.token_bias.any()
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_noise_is_not_learned(output):
@@ -120,7 +170,9 @@ def test_batching_does_not_matter(output, cuts):
     for h, y in zip(hidden.split(cuts), labels.split(cuts), strict=True):
         parts.update(h, y)
     parts.solve()
-    torch.testing.assert_close(parts._sums.gram, whole._sums.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        parts._everything().statistics.gram, whole._everything().statistics.gram, rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-9, atol=1e-12)
     assert parts.solution.steps == whole.solution.steps
 
@@ -130,7 +182,9 @@ def test_order_does_not_matter_where_nothing_is_chosen(output):
     order = torch.randperm(len(hidden))
     one = ResidualFastWeights(output, **FIXED).fit(hidden, labels)
     other = ResidualFastWeights(output, **FIXED).fit(hidden[order], labels[order])
-    torch.testing.assert_close(one._sums.gram, other._sums.gram, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        one._everything().statistics.gram, other._everything().statistics.gram, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("options", [FIXED, {}], ids=["fixed", "chosen"])
@@ -139,12 +193,14 @@ def test_merging_and_subtracting(output, options):
     whole = ResidualFastWeights(output, **options).fit(hidden, labels)
     one = ResidualFastWeights(output, **options).fit(hidden[:12], labels[:12])
     other = ResidualFastWeights(output, **options).fit(hidden[12:], labels[12:])
-    before, steps = one._everything().gram, one.solution.steps
+    before, steps = one._everything().statistics.gram, one.solution.steps
     one.merge(other)
     assert one.rows == whole.rows
-    torch.testing.assert_close(one._everything().gram, whole._everything().gram, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(
+        one._everything().statistics.gram, whole._everything().statistics.gram, rtol=1e-12, atol=1e-11
+    )
     one.subtract(other)
-    torch.testing.assert_close(one._everything().gram, before, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(one._everything().statistics.gram, before, rtol=1e-11, atol=1e-11)
     one.solve()
     assert one.solution.steps == steps
     with pytest.raises(ValueError, match="not all among them"):
@@ -178,8 +234,9 @@ def test_state_goes_on(output, options):
 
 def test_stored_tokens_on_disk_are_those_in_memory(output, tmp_path):
     hidden, labels = stream(output)
-    memory = ResidualFastWeights(output, passes=3).fit(hidden, labels)
-    disk = ResidualFastWeights(output, passes=3, store=tmp_path / "states")
+    options = {"passes": 3, "held_out_tokens": 50}
+    memory = ResidualFastWeights(output, **options).fit(hidden, labels)
+    disk = ResidualFastWeights(output, **options, store=tmp_path / "states")
     disk.update(hidden, labels)
     disk.solve()
     torch.testing.assert_close(memory.weight, disk.weight, rtol=1e-12, atol=1e-14)
@@ -193,7 +250,7 @@ def test_stored_tokens_on_disk_are_those_in_memory(output, tmp_path):
 def test_the_store_is_bounded_and_says_so(output):
     hidden, labels = stream(output)
     limit = 5000
-    layer = ResidualFastWeights(output, passes=2, store_bytes=limit)
+    layer = ResidualFastWeights(output, passes=2, store_bytes=limit, held_out_tokens=50)
     for h, y in zip(hidden, labels, strict=True):
         layer.update(h[None], y[None])
     layer.solve()
@@ -219,7 +276,9 @@ def test_processes_learn_what_one_would(output, cuts, options):
         layer.solve()
         assert layer.rows == one.rows
         assert layer.solution.steps == layers[0].solution.steps
-        torch.testing.assert_close(layer._everything().gram, one._everything().gram, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            layer._everything().statistics.gram, one._everything().statistics.gram, rtol=1e-11, atol=1e-11
+        )
         torch.testing.assert_close(layer.weight, layers[0].weight, rtol=0, atol=0)
 
 
@@ -321,28 +380,38 @@ def test_zero_states_give_a_zero_step(output):
     assert not layer.weight.any()
 
 
-def test_held_out_tokens_are_bounded_and_do_not_depend_on_batches():
-    for batch in (1, 3, 40):
-        held, masks = HeldOut(25), []
-        for start in range(0, 40, batch):
-            n = min(batch, 40 - start)
-            mask = held.mask(n, 8)
-            mask = torch.zeros(n * 8, dtype=torch.bool) if mask is None else mask
-            masks.append(mask)
-            rows = torch.zeros(int(mask.sum()), 2)
-            held.add(rows, rows[:, 0], rows[:, 0])
-            held.saw(n)
-        places = torch.cat(masks).nonzero()[:, 0].tolist()
-        assert places == [6, 7, *range(8, 16), *range(72, 80), *range(136, 143)]
-        assert held.size == 25
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_the_latest_tokens_are_held_out_whatever_the_batches(batch):
+    held, left = LatestTokens(25), []
+    for rows in torch.arange(40).split(batch):
+        leaving = held.push(rows[:, None].float(), rows, torch.ones(len(rows)))
+        if leaving is not None:
+            left += leaving[1].tolist()
+    assert left == list(range(15))
+    assert held.rows()[1].tolist() == list(range(15, 40))
+    older, latest = held.parted(10)
+    assert (older[1].tolist(), latest[1].tolist()) == (list(range(15, 30)), list(range(30, 40)))
+    assert held.size == 25
+
+
+def test_choices_are_made_on_a_fifth_of_the_tokens_at_most(output):
+    hidden, labels = stream(output)
+    layer = ResidualFastWeights(output, held_out_tokens=10**6).fit(hidden, labels)
+    older, latest = layer._to_choose_on()
+    assert len(latest[1]) == layer.rows // 5
+    assert len(older[1]) == layer.rows - layer.rows // 5
+    fixed = ResidualFastWeights(output, **vars(layer.solution.steps[0])).fit(hidden, labels)
+    torch.testing.assert_close(layer.weight, fixed.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_curvature_of_candidates_scales_with_the_step(output):
     hidden, labels = stream(output)
     layer = ResidualFastWeights(output, **FIXED).fit(hidden, labels)
-    curvature = Curvature(layer._sums, D)
+    curvature = Curvature(layer._sums, D, smoothing=3.0)
     full, half = (curvature.step(Candidate(s, 1e-3, 0.1)) for s in (1.0, 0.5))
-    torch.testing.assert_close(half, full / 2)
+    torch.testing.assert_close(half.weight, full.weight / 2)
+    torch.testing.assert_close(half.offset, full.offset / 2)
+    assert torch.equal(half.bias, full.bias)
 
 
 def test_predictions_read_the_output_layer(output):

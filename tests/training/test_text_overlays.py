@@ -8,12 +8,12 @@ from rich.console import Console
 
 pytest.importorskip("transformers")
 
-from lightning_faast.evaluation.compare import Comparer  # noqa: E402
-from lightning_faast.evaluation.keys import KeyStore  # noqa: E402
-from lightning_faast.evaluation.methods import shipped_methods  # noqa: E402
-from lightning_faast.lightning_cli import FaastCLI  # noqa: E402
-from lightning_faast.training import AugmentImages, FullFinetuning, Lora  # noqa: E402
-from tests.text_models import make_bert, make_llama, write_reviews  # noqa: E402
+from lightning_faast.evaluation.compare import Comparer
+from lightning_faast.evaluation.keys import KeyStore
+from lightning_faast.evaluation.methods import shipped_methods
+from lightning_faast.lightning_cli import FaastCLI
+from lightning_faast.training import AugmentImages, FullFinetuning, Lora
+from tests.text_models import make_bert, make_llama, write_reviews
 
 RECIPE = "recipes/sst2_minilm.yaml"
 TRAINED = ("full_finetuning", "linear_probe", "linear_probe_tuned", "lora")
