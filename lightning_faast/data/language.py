@@ -28,7 +28,6 @@ _ROWS = 1000  # of a data set read at a time
 
 #: What tokens are for; test tokens are those of ``predict`` too.
 Stage = Literal["train", "val", "test"]
-_STAGES: tuple[Stage, ...] = ("train", "val", "test")
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -226,7 +225,7 @@ class LanguageDataModule(LightningDataModule):
             ValueError: Where a stage has fewer than two tokens.
         """
         self._open_splits()
-        for part in _STAGES:
+        for part in ("train", "val", "test"):
             if self._split_of(part) is not None and self.num_tokens(part) < 2:
                 raise ValueError(f"The {part} text has {self.num_tokens(part)} tokens; at least 2 are needed.")
 
@@ -262,7 +261,7 @@ class LanguageDataModule(LightningDataModule):
 
     # ------------------------------------------------------------------ tokens
 
-    def _split_of(self, stage: Stage) -> str | None:
+    def _split_of(self, stage: str) -> str | None:
         if stage == "test" and self.holdout is not None:
             return self.train_split
         return {"train": self.train_split, "val": self.val_split, "test": self.test_split}[stage]
@@ -293,7 +292,7 @@ class LanguageDataModule(LightningDataModule):
         tokenizer = self._find_tokenizer()
         if self._digest != tokenizer_digest(tokenizer):  # the module may be another
             self._streams, self._digest = {}, tokenizer_digest(tokenizer)
-        for split in dict.fromkeys(self._split_of(stage) for stage in _STAGES):
+        for split in dict.fromkeys(self._split_of(stage) for stage in ("train", "val", "test")):
             if split is not None and split not in self._streams:
                 texts, origin = self._open_text(split)
                 origin = json.dumps([origin, split, self.text_column, self.separator])

@@ -84,8 +84,10 @@ def test_history_holds_the_same_figures_as_the_tables(logged):
         assert [row["examples_per_class"] for row in history] == [entry.shots or 500 for entry in entries]
         for row, entry in zip(history, entries, strict=True):
             figures = entry_figures(entry)
-            assert {name: row[name] for name in METRICS} == {
-                name: pytest.approx(figures[column], abs=0) for name, column in METRICS.items()
+            known = {name: figures[column] for name, column in METRICS.items() if figures[column] is not None}
+            assert {"test/accuracy", "adaptation/seconds"} <= set(known)
+            assert {name: row[name] for name in METRICS if name in row} == {
+                name: pytest.approx(figure, abs=0) for name, figure in known.items()
             }
 
 
