@@ -9,7 +9,16 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.harness import Row, Samples, Section, Settings, Target, in_turn, interleave
 from benchmarks.report import markdown
 
-ROWS = {"fit": 3, "solve": 16, "regularization_path": 2, "memory": 3, "prediction": 2, "memories": 16, "language": 4, "loader": 3}
+ROWS = {
+    "fit": 3,
+    "solve": 16,
+    "regularization_path": 2,
+    "memory": 3,
+    "prediction": 2,
+    "memories": 16,
+    "language": 4,
+    "loader": 3,
+}
 
 
 @pytest.fixture(scope="module")
