@@ -13,17 +13,16 @@ from torch import Tensor
 from lightning_faast.associative.bank import Bank
 from lightning_faast.data.extras import require
 from lightning_faast.language.candidates import as_values
-from lightning_faast.language.held_out import HeldOut
+from lightning_faast.language.latest import LatestTokens, Rows
 from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.nearest import nearest
 from lightning_faast.language.output import OutputLayer
-from lightning_faast.language.pairs import IGNORED
 
 #: Temperatures tried where none is given, in terms of the mean squared distance of held-out states to their neighbors.
 _TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _STORED = {"float32": torch.float32, "float16": torch.float16}
-#: With a layer beneath, which holds out the second of every eight sequences: the sixth of them.
-_AFTER = 4
+#: One token in so many is held out, at most.
+_SHARE = 5
 #: Logits whose log-sum-exp is taken at a time, at most.
 _BLOCK_ELEMENTS = 2**24
 
@@ -58,9 +57,9 @@ class KNNLM(HiddenLearner):
 
     .. math:: p_{kNN}(y) \propto \sum_{i \le k,\, y_i = y} \exp(-D_i / t) .
 
-    l and t are chosen by the loss on held-out tokens
-    (:class:`~lightning_faast.language.held_out.HeldOut`), which then enter the datastore too. It is kept on the CPU
-    whatever device the model is on, and searched there.
+    l and t are chosen by the loss on the latest tokens (:class:`~lightning_faast.language.latest.LatestTokens`), a
+    fifth of all at most, which then enter the datastore too. It is kept on the CPU whatever device the model is on,
+    and searched there.
 
     :meth:`forward` gives hidden states, as any layer before the output layer; what neighbors say is added to the logits
     by :meth:`adjusted`.
@@ -68,7 +67,7 @@ class KNNLM(HiddenLearner):
     Args:
         output: The model's output layer.
         base: A layer of fast weights beneath, whose hidden states give p_LM; it learns the same tokens but those held
-            out here. Keys of the datastore are the model's own final states.
+            out here, until newer ones come. Keys of the datastore are the model's own final states.
         k: Neighbors.
         temperature: t, or several to choose from; where not given, multiples of the mean squared distance.
         interpolation: l, or several to choose from.
@@ -142,10 +141,9 @@ class KNNLM(HiddenLearner):
     def reset(self) -> None:
         """Forget every token seen; what was solved stays until the next :meth:`solve`."""
         self._bank = Bank(self.output.vocabulary, self.output.width, self.max_rows, self.seed)
-        self._held = HeldOut(self.held_out_tokens)
+        self._held = LatestTokens(self.held_out_tokens)
         if self.base is not None:
             self.base.reset()
-            self._held.saw(_AFTER)
         self.solution: KNNSolution | None = None
 
     def forget(self) -> None:
@@ -184,31 +182,28 @@ class KNNLM(HiddenLearner):
         rows = pairs.keys(keys) if keys.ndim == 3 else keys
         if not bool(rows.isfinite().all()):
             raise ValueError(f"keys hold NaN or infinite values, keys {tuple(keys.shape)}. Nothing was taken in.")
-        sequences, length = (1, len(keys)) if keys.ndim == 2 else (keys.shape[0], max(keys.shape[1] - 1, 0))
-        held = self._held.mask(sequences, length)
-        if held is None:
-            held = torch.zeros(sequences * length, dtype=torch.bool)
-        places = held if pairs.places is None else held[pairs.places]
-        away = places.to(rows.device)
-        stored = self._stored(rows[~away])
-        if self.base is not None and keys.ndim == 2:
-            self.base.update(keys[~away], values[~held])
-        elif self.base is not None:
-            rest = values.clone()
-            rest[:, 1:][held.view(sequences, length)] = IGNORED
-            self.base.update(keys, rest)
-        self._bank.update(stored, tokens[~places])
-        self._held.add(rows[away], tokens[places], torch.ones(int(places.sum())))
-        self._held.saw(sequences)
+        self._refuse_overflow(rows)
+        self._take(self._held.push(rows, tokens, torch.ones(len(tokens))))
+
+    def _take(self, leaving: Rows | None) -> None:
+        """Keep rows for good that were held out, and have the layer beneath learn them."""
+        if leaving is None:
+            return
+        keys, tokens, _ = leaving
+        self._bank.update(self._stored(keys), tokens)
+        if self.base is not None:
+            self.base.update(keys, tokens)
 
     def _stored(self, rows: Tensor) -> Tensor:
         """Final states [N, d] as they are kept, of keys [N, k]."""
-        rows = self._final(rows)
-        if self.dtype == torch.float16 and bool((rows.abs() > torch.finfo(torch.float16).max).any()):
+        return self._final(rows).to("cpu", self.dtype)
+
+    def _refuse_overflow(self, rows: Tensor) -> None:
+        final = self._final(rows)
+        if self.dtype == torch.float16 and bool((final.abs() > torch.finfo(torch.float16).max).any()):
             raise ValueError(
-                f"A hidden state holds {float(rows.abs().max()):g}, beyond float16: use dtype='float32' for the store."
+                f"A hidden state holds {float(final.abs().max()):g}, beyond float16: use dtype='float32' for the store."
             )
-        return rows.to("cpu", self.dtype)
 
     def _final(self, keys: Tensor) -> Tensor:
         return keys[..., -self.output.width :]
@@ -237,9 +232,7 @@ class KNNLM(HiddenLearner):
             return [part.cpu() for part in gather(t.to(device))]
 
         processes = len(gather(torch.zeros((), device=device)))
-        surplus = self._held.released(self.held_out_tokens // processes)
-        if surplus is not None:
-            self._bank.update(self._stored(surplus[0]), surplus[1])
+        self._take(self._held.released(self.held_out_tokens // processes))
         self._bank.reduce(gather_here, torch.device("cpu"))
         like = torch.empty(0, self.in_features or 0, dtype=self.output.module.weight.dtype, device=device)
         self._held.gather(gather, like)
@@ -261,6 +254,7 @@ class KNNLM(HiddenLearner):
         Raises:
             RuntimeError: Where no token was seen, or there is something to choose and no token to choose by.
         """
+        self._take(self._held.released(self.rows // _SHARE))
         if not len(self._bank):
             raise RuntimeError("No next-token pair was seen: call learn(...) or update(keys, labels) before solving.")
         started = time.perf_counter()
@@ -275,9 +269,8 @@ class KNNLM(HiddenLearner):
             held = self._empty()
         elif not self._held.size:
             raise RuntimeError(
-                "No token was held out to choose temperature and interpolation by (of each eight sequences one is, "
-                f"{'the sixth' if self.base is not None else 'the second'}): learn more sequences, or give one number "
-                "for each."
+                "Too few tokens were seen to hold one out, by which temperature and interpolation are chosen: learn "
+                "more, or give one number for each."
             )
         else:
             keys, tokens, _ = self._held.rows()
