@@ -289,7 +289,10 @@ def test_model_class_path_makes_any_module_the_model(capsys, recipe):
     cli = FaastCLI(["fit", "--config", "own.yaml", "--model.width=5"])  # FaastCallback solves its linear layer
     assert isinstance(cli.model, Own)
     name, loss = capsys.readouterr().out.strip().splitlines()[-1].split()
-    assert (name, float(loss)) == ("test/loss", pytest.approx(cli.trainer.callback_metrics["test/loss"], abs=1e-3))
+    assert (name, float(loss)) == (
+        "test/loss",
+        pytest.approx(float(cli.trainer.callback_metrics["test/loss"]), abs=1e-3),
+    )
     FaastCLI(["fit", "--config", "logs/version_0/config.yaml"])  # the saved configuration is a recipe itself
 
 
