@@ -377,9 +377,10 @@ def page(there: Sequence[tuple[Spec, Comparison]], folder: Path, note: str) -> s
         "```",
         "",
     ]
+    lines += ["## Against methods that train", ""]
     for spec, comparison in there:
         if any(method in spec.methods for method in TRAINED):
-            lines += ["## Against methods that train", "", spec.title, "", *against_training(comparison)]
+            lines += [f"{spec.title}:", "", *against_training(comparison)]
     lines += ["## Against logistic regression on stored keys", "", *against_logistic_regression(frozen)]
     lines += ["## Against memories, from 4 shots up", "", *against_best(frozen, MEMORIES, "best memory")]
     lines += ["## Against class means, from 4 shots up", "", *against_best(frozen, MEANS, "best of them")]
