@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 #: Evaluations of one choice, at most: each costs a product with the output layer.
 MAX_CANDIDATES = 8
 
@@ -86,3 +88,8 @@ class Candidates:
 def as_values(given: float | Sequence[float]) -> tuple[float, ...]:
     """A number, or several, as a tuple."""
     return (float(given),) if isinstance(given, (int, float)) else tuple(float(v) for v in given)
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; infinite where it is too large for a float."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())

@@ -115,6 +115,23 @@ class ChunkedMap:
         self.weight, self.count = (self.count * mine + count * weight) / total, total
         self.rows += round(count)
 
+    @torch.no_grad()
+    def reduce(self, add: Callable[[Tensor], Tensor], like: Tensor, weigh: Weigh | None = None) -> None:
+        """Put the mean of all processes' solutions, weighted by their counts, in the place of this one's.
+
+        Args:
+            add: Sums a tensor over processes, out of place.
+            like: Of the shape [e, d] of W, on the device on which tensors travel.
+            weigh: As of :meth:`add`.
+        """
+        zero = torch.zeros_like(like, dtype=torch.float64)
+        weight, count = self.read(weigh) if self.rows else (zero, 0.0)
+        total = float(add(torch.tensor(count, dtype=torch.float64, device=zero.device)))
+        summed = add(weight * count)
+        self.clear()
+        if total:
+            self.merge(summed / total, total)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only."""
         state = {"count": torch.tensor(self.count, dtype=torch.float64), "rows": torch.tensor(self.rows)}
@@ -213,13 +230,7 @@ class ChunkedFastWeights(MixingLearner):
 
     def reduce(self, add: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Replace this process's solution by the mean of all, weighted by their tokens; as :meth:`Learner.reduce`."""
-        device, d = self.output.device, self.output.width
-        weight, count = self._map.read() if self.rows else (torch.zeros(d, d, dtype=torch.float64, device=device), 0.0)
-        total = float(add(torch.tensor(count, dtype=torch.float64, device=device)))
-        summed = add(weight * count)
-        self._map.clear()
-        if total:
-            self._map.merge(summed / total, total)
+        self._map.reduce(add, self.mixed)
 
     @property
     def rows(self) -> int:

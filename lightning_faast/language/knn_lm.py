@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_faast.associative.bank import Bank
 from lightning_faast.data.extras import require
-from lightning_faast.language.candidates import as_values
+from lightning_faast.language.candidates import as_values, perplexity
 from lightning_faast.language.latest import LatestTokens, Rows
 from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.nearest import nearest
@@ -468,8 +468,8 @@ class KNNLM(HiddenLearner):
             "temperature": solution.temperature,
         }
         if solution.loss_before is not None and solution.loss_after is not None:
-            found["perplexity_before"] = _perplexity(solution.loss_before)
-            found["perplexity_after"] = _perplexity(solution.loss_after)
+            found["perplexity_before"] = perplexity(solution.loss_before)
+            found["perplexity_after"] = perplexity(solution.loss_after)
         found |= {"choice_seconds": solution.choice_seconds, "solve_seconds": solution.solve_seconds}
         return {name: float(value) for name, value in found.items()}
 
@@ -498,7 +498,3 @@ def _log_sum_exp(logits: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     blocks = rows.split(max(1, _BLOCK_ELEMENTS // rows.shape[1]))
     return torch.cat([(scale * block.to(wide)).logsumexp(1) for block in blocks]).view(logits.shape[:-1])
-
-
-def _perplexity(loss: float) -> float:
-    return float(torch.tensor(loss, dtype=torch.float64).exp())

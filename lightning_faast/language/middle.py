@@ -140,16 +140,9 @@ class MiddleFastWeights(HiddenLearner):
         """Refused: a mean of solutions does not forget."""
         raise ValueError("The middle layer cannot forget: use the output layer's 'embedding' or 'residual'.")
 
-    @torch.no_grad()
     def reduce(self, add: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Replace this process's solution by the mean of all, weighted by their tokens; as :meth:`Learner.reduce`."""
-        zero = torch.zeros_like(self.weight, dtype=torch.float64)
-        weight, count = self._map.read(self._weighted) if self.rows else (zero, 0.0)
-        total = float(add(torch.tensor(count, dtype=torch.float64, device=zero.device)))
-        summed = add(weight * count)
-        self._map.clear()
-        if total:
-            self._map.merge(summed / total, total)
+        self._map.reduce(add, self.weight, self._weighted)
 
     @property
     def rows(self) -> int:

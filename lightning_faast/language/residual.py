@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_faast.associative.faults import FaultLog
-from lightning_faast.language.candidates import Candidate, Candidates, as_values
+from lightning_faast.language.candidates import Candidate, Candidates, as_values, perplexity
 from lightning_faast.language.latest import LatestTokens, Rows
 from lightning_faast.language.learner import HiddenLearner
 from lightning_faast.language.output import BLOCK_ELEMENTS, OutputLayer
@@ -456,8 +456,8 @@ class ResidualFastWeights(HiddenLearner):
             step = solution.steps[-1]
             found |= {"step": step.step, "key_ridge": step.key_ridge, "value_ridge": step.value_ridge}
         if solution.loss_before is not None and solution.loss_after is not None:
-            found["perplexity_before"] = _perplexity(solution.loss_before)
-            found["perplexity_after"] = _perplexity(solution.loss_after)
+            found["perplexity_before"] = perplexity(solution.loss_before)
+            found["perplexity_after"] = perplexity(solution.loss_after)
         found |= {"choice_seconds": solution.choice_seconds, "solve_seconds": solution.solve_seconds}
         return {name: float(value) for name, value in found.items()}
 
@@ -467,7 +467,7 @@ class ResidualFastWeights(HiddenLearner):
         steps = "; ".join(map(str, solution.steps)) or "no step made the held-out tokens likelier"
         if solution.loss_before is None or solution.loss_after is None:
             return f"residual, {steps}"
-        before, after = _perplexity(solution.loss_before), _perplexity(solution.loss_after)
+        before, after = perplexity(solution.loss_before), perplexity(solution.loss_after)
         return f"residual, {steps}; held-out perplexity {before:.2f} to {after:.2f}"
 
     def _last_solution(self) -> ResidualSolution:
@@ -533,7 +533,3 @@ def _damped(values: Tensor, ridge: float) -> Tensor:
     """Eigenvalues plus a ridge relative to the largest; where all are zero, so is what is divided."""
     largest = values[-1].where(values[-1] > 0, 1.0)
     return values.clamp_min(0) + ridge * largest
-
-
-def _perplexity(loss: float) -> float:
-    return float(torch.tensor(loss, dtype=torch.float64).exp())
